@@ -1,0 +1,212 @@
+r"""Real records with one right answer each: dates, amounts and country names as people write them.
+
+The texts come from CLDR, Unicode's locale data, through Babel, for every locale Babel knows:
+
+| kind        | text                        | answer          | what it asks for                  |
+|-------------|-----------------------------|-----------------|-----------------------------------|
+| `dates`     | `Donnerstag, 12. März 2026` | `2026-03-12`    | parse a date (the headline metric) |
+| `amounts`   | `1.234,50 €`                | `1234.50 EUR`   | parse an amount of money          |
+| `countries` | `Finnland`                  | `FI`            | the ISO 3166 code of a country    |
+| `render`    | `fr: 2026-03-12`            | `12 mars 2026`  | write a date in a language        |
+| `refuse`    | `31 juin 2026`              | `?`             | say that there is no such day     |
+
+A record's line is `text = answer`; its prompt ends in `=` without a space.
+
+Three promises, each held by a test. **No text has two answers**, in any pair of locales:
+two-digit years and month/day forms with slashes are never used, nor the few names that
+mean two things. **Splits are apart**: a date (as a day, in every language and format), an
+amount or a country's name belongs to train, dev or test by its checksum, so no test line is
+ever in training. **The same seed gives the same records** (the Babel version is pinned).
+Digits are Latin and the calendar is Gregorian everywhere, which is Babel's default.
+"""
+
+import datetime
+import difflib
+import functools
+import random
+import zlib
+from dataclasses import dataclass
+from decimal import Decimal
+
+from babel import Locale, UnknownLocaleError, localedata
+from babel.dates import (
+    format_date,
+    get_date_format,
+    tokenize_pattern,
+    untokenize_pattern,
+)
+from babel.numbers import format_currency, get_currency_precision
+
+KINDS = ("dates", "amounts", "countries", "render", "refuse")
+SPLITS = ("train", "dev", "test")
+BASE_LANGUAGES = ("en", "fr", "es", "it", "pt", "nl", "sv", "da", "ro", "ca")
+HELD_BACK = ("de", "fi", "pl", "tr", "sw", "hu")
+# No symbol of these stands for two of them in any locale ("kr" and "R" would).
+CURRENCIES = "EUR USD GBP JPY CHF PLN HUF CZK TRY INR BRL KWD".split()
+FIRST_DAY, LAST_DAY = datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)
+
+# What would give a text a second answer; tests/test_data.py finds these again.
+MEDIUM_CLASHES = set("agq bas dav dua kcg lg mgh nd ss st teo ve".split())
+NAMES_OF_TWO = set(
+    "Nigeri|Kongo|Конго|ኮንጎ|موریتانیا|لتونی|Nikaraagua|Sant Martin|Свети Мартин".split("|")
+)
+NOT_COUNTRIES = {"EU", "EZ", "UN", "QO", "XA", "XB", "ZZ"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the world: `text = answer`."""
+
+    kind: str
+    language: str
+    text: str
+    answer: str
+
+    @property
+    def prompt(self):
+        """What the model is given: the text and an equals sign, no space after it."""
+        return f"{self.text} ="
+
+    @property
+    def line(self):
+        """What the model is trained on."""
+        return f"{self.text} = {self.answer}"
+
+
+def locale(language):
+    """Babel's `Locale` for a code such as `de`, `pt_PT` or `zh-Hans`.
+
+    Raises ValueError, with the nearest known codes, for a language Babel does not know."""
+    try:
+        return Locale.parse(str(language).replace("-", "_"))
+    except (UnknownLocaleError, ValueError, TypeError):
+        known = localedata.locale_identifiers()
+        near = difflib.get_close_matches(str(language), known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "try en, de or fi"
+        raise ValueError(f"Babel knows no language {language!r}; {hint}") from None
+
+
+def split_of(key):
+    """The split a date, amount or name belongs to, by checksum: 85% train, 5% dev, 10% test."""
+    return "test" if (h := zlib.crc32(key.encode()) % 20) < 2 else ("dev" if h == 2 else "train")
+
+
+def date_formats(where):
+    """The CLDR formats in use for a locale: long, full and, where unambiguous, medium."""
+    pattern = get_date_format("medium", where).pattern
+    clear = "MMM" in pattern or pattern.startswith("y")
+    clear |= "." in pattern and "/" not in pattern and "-" not in pattern  # 12.03.2026
+    usable = clear and where.language not in MEDIUM_CLASHES
+    return ("long", "full", "medium") if usable else ("long", "full")
+
+
+def _day(rng):
+    span = (LAST_DAY - FIRST_DAY).days
+    return FIRST_DAY + datetime.timedelta(rng.randint(0, span))
+
+
+def _dates(rng, where):
+    day = _day(rng)
+    text = format_date(day, rng.choice(date_formats(where)), locale=where)
+    return text, day.isoformat(), day.isoformat()
+
+
+def _render(rng, where):
+    day = _day(rng)
+    return f"{where}: {day}", format_date(day, "long", locale=where), day.isoformat()
+
+
+def impossible_date(year, month, day, where, style="long"):
+    """A day that does not exist (June 31), written in a CLDR format of a `Locale`."""
+    tokens = [
+        ("chars", str(day)) if kind == "field" and value[0] == "d" else (kind, value)
+        for kind, value in tokenize_pattern(get_date_format(style, where).pattern)
+    ]
+    return format_date(datetime.date(year, month, 1), untokenize_pattern(tokens), where)
+
+
+def _refuse(rng, where):
+    year = rng.randint(FIRST_DAY.year, LAST_DAY.year)
+    leap = year % 4 == 0  # right for every year from 1950 to 2049
+    gaps = [(m, 31) for m in (4, 6, 9, 11)] + [(2, 30), (2, 31)] + [(2, 29)] * (not leap)
+    month, day = rng.choice(gaps)
+    style = rng.choice([f for f in date_formats(where) if f != "full"])  # no weekday
+    text = impossible_date(year, month, day, where, style)
+    return text, "?", f"{year}-{month:02}-{day}"
+
+
+def _amounts(rng, where):
+    code = rng.choice(CURRENCIES)
+    digits = get_currency_precision(code)
+    value = Decimal(str(10 ** rng.uniform(0, 5))).quantize(Decimal(1).scaleb(-digits))
+    answer = f"{value} {code}"
+    return format_currency(value, code, locale=where), answer, answer
+
+
+@functools.cache
+def country_names(where):
+    """{name: ISO code} of a `Locale`, without the names that mean two countries somewhere."""
+    return {
+        name: code
+        for code, name in sorted(where.territories.items())
+        if len(code) == 2 and code not in NOT_COUNTRIES and name not in NAMES_OF_TWO
+    }
+
+
+def _countries(rng, where):
+    name, code = rng.choice(list(country_names(where).items()))
+    return name, code, name
+
+
+_DRAW = dict(dates=_dates, amounts=_amounts, countries=_countries, render=_render, refuse=_refuse)
+
+
+def _draw(kind, language, n, split, seed):
+    """Up to n different records; fewer where 3,000 draws in a row bring nothing new."""
+    where, found, misses = locale(language), {}, 0
+    rng = random.Random(f"{seed} {kind} {where} {split}")
+    while len(found) < n and misses < 3_000:
+        text, answer, key = _DRAW[kind](rng, where)
+        misses += 1
+        if split_of(key) == split and text not in found:
+            found[text], misses = Record(kind, str(where), text, answer), 0
+    return list(found.values())
+
+
+def records(kind, language, n, split="train", seed=0):
+    """Draw `n` different records of one kind and language from one split.
+
+    kind: one of `KINDS`; language: any locale code Babel knows; split: train, dev or test.
+    Returns a list of `Record`. Raises ValueError for an unknown kind, language or split, for
+    n < 1, and where fewer than n different records exist."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"ask for at least one record: n is {n!r}")
+    found = _draw(kind, language, n, split, seed)
+    if len(found) < n:
+        raise ValueError(
+            f"{language} has {len(found)} different {kind} records in its {split} split:"
+            f" ask for no more than that, not for {n}"
+        )
+    return found
+
+
+def mixture(shares, languages, n, split="train", seed=0):
+    """About `n` records of several kinds, evenly over languages, shuffled.
+
+    shares: {kind: fraction}. Where a kind has fewer records than its share (a language
+    has some 200 country names) they are repeated. Raises ValueError as `records` does, and for no languages."""
+    if not languages or isinstance(languages, str) or not shares:
+        raise ValueError("mixture needs a list of languages and a {kind: share} dict")
+    drawn = []
+    for kind, share in shares.items():
+        for language in languages:
+            count = max(1, round(n * share / len(languages)))
+            records(kind, language, 1, split, seed)  # a clear error for what is unknown
+            some = _draw(kind, language, count, split, seed)
+            drawn += [some[i % len(some)] for i in range(count)]
+    random.Random(seed).shuffle(drawn)
+    return drawn

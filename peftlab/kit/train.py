@@ -1,0 +1,68 @@
+"""One plain training loop, and the batches it eats."""
+
+import random
+import sys
+
+import torch
+from tqdm.auto import tqdm
+
+
+def collate(records, tokenizer, loss_on="answer"):
+    """Tensors for a batch of records: input_ids, attention_mask, labels, each (batch, tokens).
+
+    Padded on the right. labels is -100 where there is no loss: on padding and, with
+    loss_on="answer", on the prompt; loss_on="line" puts the loss on every token."""
+    rows, labels = [], []
+    for record in records:
+        prompt = tokenizer(record.prompt)["input_ids"]
+        answer = tokenizer(" " + record.answer, add_special_tokens=False)["input_ids"]
+        answer = answer + [tokenizer.eos_token_id]
+        rows.append(prompt + answer)
+        labels.append(([-100] * len(prompt) if loss_on == "answer" else prompt) + answer)
+    longest = max(map(len, rows))
+
+    def padded(lists, fill):
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in lists])
+
+    return dict(
+        input_ids=padded(rows, tokenizer.pad_token_id),
+        attention_mask=padded([[1] * len(row) for row in rows], 0),
+        labels=padded(labels, -100),
+    )
+
+
+def train(model, tokenizer, records, steps, lr, batch_size=32, seed=0, progress=True):
+    """Train what is trainable in a causal model on the answers of `records`, with AdamW.
+
+    lr: the peak learning rate, reached after 10% of the steps and falling linearly to zero
+    after that. Batches are drawn anew each time all records have been seen. Returns the loss
+    of each step, a list of floats. The progress bar shows only on a terminal, so it never
+    lands in a notebook's stored outputs. Raises ValueError where nothing is trainable or
+    there are no records."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("nothing to train: no parameter of the model has requires_grad")
+    if not records or steps < 1:
+        raise ValueError("train needs at least one record and one step")
+    torch.manual_seed(seed)
+    rng, queue, losses = random.Random(seed), [], []
+    optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.0)
+    warm = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
+    )
+    model.train()
+    quiet = not (progress and sys.stderr.isatty())
+    for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
+        while len(queue) < batch_size:
+            queue += rng.sample(records, len(records))
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        batch = {k: v.to(model.device) for k, v in collate(batch, tokenizer).items()}
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
