@@ -1,0 +1,70 @@
+# Thin verbs. `make book` and `make test` set up everything that they need.
+PYTHON ?= python3
+PORT ?= 8000
+WORKERS ?= 2
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+BOOK := _build/html/.book-done
+# One thread for each worker: two workers share two cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+OFFLINE := HF_HUB_OFFLINE=1
+# The folders too: they change when a file goes.
+BOOK_SOURCES := _config.yml _toc.yml book/. notebooks/. \
+	$(wildcard notebooks/*.ipynb peftlab/*.py) \
+	$(shell find book -mindepth 1 -not -path '*/__pycache__*' -not -path book/_ext)
+
+.PHONY: help setup book serve test notebooks student models results
+.DELETE_ON_ERROR:
+
+help:  ## show these verbs
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1|/' \
+		| awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
+
+setup: $(SETUP)  ## make .venv and install everything
+
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "peftlab needs Python 3.11 or later, and '$(PYTHON)' is older or missing." \
+			"Name another: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "Installing peftlab and its tools (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-c constraints.txt -e '.[notebooks,book,test,instructor]'
+	@touch $@
+
+book: $(BOOK)  ## build the HTML book into _build/html
+	@echo "The book is at $(CURDIR)/_build/html/index.html"
+
+# Always from nothing: an incremental build repeats neither the warnings nor the
+# side bars of the pages that it leaves alone.
+$(BOOK): $(SETUP) $(BOOK_SOURCES)
+	@rm -rf _build/html _build/.doctrees
+	@mkdir -p _build
+	@echo "Building the book"
+	@$(BIN)/jupyter-book build . --path-output . -n -W --keep-going -q \
+		> _build/book.log 2>&1 || { cat _build/book.log; \
+		echo "The book did not build: see the warnings above (also in _build/book.log)."; \
+		exit 1; }
+	@touch $@
+
+serve: book  ## build the book and serve it on localhost
+	@echo "http://localhost:$(PORT)/  (Ctrl-C stops it)"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+test: book  ## run everything: the notebooks, then the tests
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest --nbval --nbval-current-env notebooks \
+		-n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=10
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest tests \
+		-n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=10
+
+notebooks: $(SETUP)  ## run every chapter afresh and store its outputs
+	$(BIN)/python tools/notebooks.py
+
+student: $(SETUP)  ## write the student and instructor sheets into _build
+	$(BIN)/python tools/student.py
+
+models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
+	$(BIN)/python -m peftlab.kit.pretrain
+
+results: $(SETUP)  ## run the long sweeps again (hours)
+	$(BIN)/python experiments/run.py

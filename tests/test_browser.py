@@ -1,0 +1,182 @@
+"""Every page in a real browser: offline, accessible, wide, narrow, light and dark."""
+
+import os
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.base import AXE_SCRIPT
+from playwright.sync_api import sync_playwright
+
+HTML = Path(__file__).parents[1] / "_build" / "html"
+DOOR = HTML / "index.html"  # sends the reader on to the start page
+PAGES = sorted(p for p in HTML.rglob("*.html") if "_static" not in p.parts)
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP, PHONES = {"width": 1280, "height": 900}, (390, 360)
+LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+
+each_page = pytest.mark.parametrize(
+    "path", [p for p in PAGES if p != DOOR], ids=lambda p: str(p.relative_to(HTML))
+)
+
+# Bring the page to rest: folds open, mathematics set, pictures decoded.
+SETTLE = """async () => {
+    await (window.MathJax?.startup?.promise ?? null);
+    document.querySelectorAll('details').forEach(d => { d.open = true; });
+    const broken = [];
+    for (const img of document.images) {
+        img.loading = 'eager';
+        try { await img.decode(); } catch { broken.push(img.getAttribute('src')); }
+        if (!img.naturalWidth) broken.push(img.getAttribute('src'));
+    }
+    return broken;
+}"""
+NO_ALT = """() => [...document.images].filter(i => !(i.alt || '').trim())
+    .map(i => i.getAttribute('src'))"""
+UNSET = """() => [...document.querySelectorAll('.math')]
+    .filter(m => !m.querySelector('mjx-container') || m.querySelector('mjx-merror'))
+    .map(m => m.textContent.slice(0, 60))"""
+# How far the page scrolls sideways, and what sticks out of it.
+SIDEWAYS = """() => {
+    const over = document.documentElement.scrollWidth - window.innerWidth;
+    if (over <= 0) return null;
+    const out = [...document.querySelectorAll('article *')].filter(
+        e => e.getBoundingClientRect().right > window.innerWidth + 1);
+    return over + ' px, ' + (out.at(-1)?.outerHTML ?? '').slice(0, 120);
+}"""
+AXE = """async levels => {
+    const found = await axe.run(document, {
+        runOnly: levels, resultTypes: ['violations'], preload: false});
+    return found.violations.map(v =>
+        `[${v.impact}] ${v.id} x${v.nodes.length}: ${v.help}`
+        + v.nodes.slice(0, 3).map(n => '\\n    ' + n.html.slice(0, 140)
+        + '\\n      ' + (n.any[0]?.message ?? '')).join(''));
+}"""
+BRIGHTNESS = """() => {
+    const box = document.querySelector('.bd-main') ?? document.body;
+    const grey = c => c.match(/[\\d.]+/g).slice(0, 3).reduce((s, v) => s + +v, 0) / 765;
+    const paint = e => getComputedStyle(e).backgroundColor;
+    let ground = box;
+    while (paint(ground).endsWith(', 0)') && ground.parentElement)
+        ground = ground.parentElement;
+    return [grey(paint(ground)), grey(getComputedStyle(box).color)];
+}"""
+
+
+class Visit:
+    """A page with a record of what it asked for and complained about."""
+
+    def __init__(self, page):
+        self.page, self.trouble = page, []
+        page.on("console", self.console)
+        page.on("pageerror", lambda e: self.trouble.append(f"error: {e.message}"))
+        page.on("request", self.request)
+
+    def console(self, message):
+        if message.type == "error":
+            self.trouble.append(f"console: {message.text}")
+
+    def request(self, request):
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.trouble.append(f"asked the network for {request.url}")
+
+    def open(self, path):
+        self.trouble.clear()
+        self.page.emulate_media(color_scheme="light")
+        self.page.set_viewport_size(DESKTOP)
+        self.page.goto(path.as_uri(), wait_until="load")
+        self.page.evaluate(AXE_SCRIPT)
+        return self.page.evaluate(SETTLE)
+
+    def axe(self):
+        return self.page.evaluate(AXE, LEVELS)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not Path(CHROMIUM).is_file():
+        pytest.fail(
+            f"The browser tests need Chromium, and there is none at {CHROMIUM}. On "
+            "Debian and Ubuntu: apt-get install chromium. Elsewhere set the variable "
+            "CHROMIUM to the path of a Chromium or Chrome."
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def visit(browser):
+    context = browser.new_context(viewport=DESKTOP, reduced_motion="reduce")
+    yield Visit(context.new_page())
+    context.close()
+
+
+def test_the_book_is_built():
+    assert PAGES, f"there is no book in {HTML}: run `make book` first"
+
+
+@each_page
+def test_page(visit, path):
+    page, bad = visit.page, []
+
+    broken = visit.open(path)
+    bad += [f"does not load: {src}" for src in broken]
+    bad += [f"no alt text: {src}" for src in page.evaluate(NO_ALT)]
+    bad += [f"mathematics not set: {text}" for text in page.evaluate(UNSET)]
+    bad += [f"light: {v}" for v in visit.axe()]
+
+    page.emulate_media(color_scheme="dark")
+    if page.query_selector(".bd-main"):
+        ground, ink = page.evaluate(BRIGHTNESS)
+        if ground > 0.2 or ink < 0.6:
+            bad.append(f"dark mode is not dark: ground {ground:.2f}, text {ink:.2f}")
+        bad += [f"dark: {v}" for v in visit.axe()]
+
+    for width in PHONES:
+        page.set_viewport_size({"width": width, "height": 844})
+        if over := page.evaluate(SIDEWAYS):
+            bad.append(f"scrolls sideways at {width}: {over}")
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(
+        400
+    )  # the theme then makes what scrolls reachable by keyboard
+    bad += [f"phone: {v}" for v in visit.axe()]
+
+    bad += visit.trouble
+    if bad:
+        pytest.fail("\n".join(bad), pytrace=False)
+
+
+def test_a_first_visit_in_dark_mode_is_dark(browser):
+    context = browser.new_context(color_scheme="dark", viewport=DESKTOP)
+    page = context.new_page()
+    page.goto((HTML / "book" / "index.html").as_uri(), wait_until="load")
+    ground, ink = page.evaluate(BRIGHTNESS)
+    context.close()
+    assert ground < 0.2 and ink > 0.6
+
+
+def test_the_door_leads_to_the_start_page(visit):
+    visit.page.goto(DOOR.as_uri())
+    visit.page.wait_for_url("**/book/index.html")
+
+
+def test_a_solution_is_folded_until_asked_for(visit):
+    pages = [p for p in PAGES if "Show solution" in p.read_text("utf8")]
+    assert pages, "no page folds a solution away"
+    visit.page.set_viewport_size(DESKTOP)
+    visit.page.goto(pages[0].as_uri(), wait_until="load")
+    fold = visit.page.locator("details.hide").first
+    assert fold.get_attribute("open") is None
+    assert not fold.locator("pre").first.is_visible()
+    fold.locator("summary").click()
+    assert fold.locator("pre").first.is_visible()
