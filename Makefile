@@ -66,5 +66,5 @@ student: $(SETUP)  ## write the student and instructor sheets into _build
 models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
-results: $(SETUP)  ## run the long sweeps again (hours)
-	$(BIN)/python experiments/run.py
+results: $(SETUP)  ## run the long sweeps again (an hour)
+	$(BIN)/python -m experiments.run

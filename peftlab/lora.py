@@ -51,18 +51,18 @@ def add(model, targets, r=8, alpha=16, dropout=0.0, bias="none", rslora=False):
     alpha/r, with rslora by alpha/sqrt(r). dropout: on the bypass's input. bias: which
     train too: "none", "all" or "lora_only" (the targets'). Raises ValueError, the model
     unchanged, for a value out of range, a target without a match, and LoRA twice."""
-    if not isinstance(r, int) or r < 1:
+    if type(r) is not int or r < 1:
         raise ValueError(f"the rank r must be a whole number of at least 1, not {r!r}")
-    if not 0 < alpha < math.inf:
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be a positive number, not {alpha!r}")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", not {bias!r}')
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model carries LoRA already: merge it first")
-    settings = (r, alpha, dropout, bias, rslora)
-    wrappers = {m: LoRALinear(m, *settings) for m in _select(model, targets)}
+    settings, chosen = (r, alpha, dropout, bias, rslora), _select(model, targets)
+    wrappers = {m: LoRALinear(m, *settings).train(m.training) for m in chosen}
     model.requires_grad_(False)
     _replace(model, wrappers)
     for p in state_dict(model, keep_vars=True).values():
@@ -78,11 +78,10 @@ def state_dict(model, keep_vars=False):
         raise ValueError("the model carries no LoRA: call lora.add first")
     mode, found = next(iter(layers.values())).bias_mode, {}
     for name, p in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        asked = mode == "all" or owner.removesuffix(".base") in layers
-        is_bias = mode != "none" and leaf.endswith("bias")
-        if leaf in ("lora_A", "lora_B") or is_bias and asked:
-            found[name.replace(".base.bias", ".bias")] = p if keep_vars else p.detach()
+        owner, _, leaf = (plain := name.replace(".base.bias", ".bias")).rpartition(".")
+        asked = mode == "all" or mode == "lora_only" and owner in layers
+        if leaf in ("lora_A", "lora_B") or asked and leaf.endswith("bias"):
+            found[plain if owner in layers else name] = p if keep_vars else p.detach()
     return found
 
 
@@ -112,14 +111,13 @@ def merge(model):
         delta = delta.T if type(base).__name__ == "Conv1D" else delta
         base.weight = nn.Parameter((base.weight + delta).to(base.weight.dtype), False)
     _replace(model, layers)
-    return model
+    return model.requires_grad_(False)
 
 
-def _shape(linear):
+def _shape(m):
     """(out, in) of a linear; GPT-2's Conv1D keeps its weight as (in, out)."""
-    if type(linear).__name__ == "Conv1D":
-        return linear.weight.shape[::-1]
-    return linear.out_features, linear.in_features
+    conv = type(m).__name__ == "Conv1D"
+    return m.weight.shape[::-1] if conv else (m.out_features, m.in_features)
 
 
 def _select(model, targets):
@@ -133,9 +131,11 @@ def _select(model, targets):
             share = f"{fused / sum(sizes.values()):.0%} of the weights"
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [p for p, m in linears.items() if m is not head]
-        targets = [p[1:] for p in names if not p.endswith((".classifier", ".score"))]
-    if isinstance(targets, str) or not targets:
+        inner = {p: m for p, m in linears.items() if m is not head}
+        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
+        targets = [p[1:] for p in linears]
+    if not isinstance(targets, list | tuple | set) or not targets:
         raise ValueError(f'targets: a list of names or "all-linear", not {targets!r}')
     if lost := [t for t in targets if not any(p.endswith(f".{t}") for p in linears)]:
         names = ", ".join(sorted({p.rpartition(".")[2] for p in linears}))

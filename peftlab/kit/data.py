@@ -48,7 +48,9 @@ FIRST_DAY, LAST_DAY = datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)
 # What would give a text a second answer; tests/test_data.py finds these again.
 MEDIUM_CLASHES = set("agq bas dav dua kcg lg mgh nd ss st teo ve".split())
 NAMES_OF_TWO = set(
-    "Nigeri|Kongo|Конго|ኮንጎ|موریتانیا|لتونی|Nikaraagua|Sant Martin|Свети Мартин".split("|")
+    "Nigeri|Kongo|Конго|ኮንጎ|موریتانیا|لتونی|Nikaraagua|Sant Martin|Свети Мартин".split(
+        "|"
+    )
 )
 NOT_COUNTRIES = {"EU", "EZ", "UN", "QO", "XA", "XB", "ZZ"}
 
@@ -88,7 +90,11 @@ def locale(language):
 
 def split_of(key):
     """The split a date, amount or name belongs to, by checksum: 85% train, 5% dev, 10% test."""
-    return "test" if (h := zlib.crc32(key.encode()) % 20) < 2 else ("dev" if h == 2 else "train")
+    return (
+        "test"
+        if (h := zlib.crc32(key.encode()) % 20) < 2
+        else ("dev" if h == 2 else "train")
+    )
 
 
 def date_formats(where):
@@ -128,7 +134,9 @@ def impossible_date(year, month, day, where, style="long"):
 def _refuse(rng, where):
     year = rng.randint(FIRST_DAY.year, LAST_DAY.year)
     leap = year % 4 == 0  # right for every year from 1950 to 2049
-    gaps = [(m, 31) for m in (4, 6, 9, 11)] + [(2, 30), (2, 31)] + [(2, 29)] * (not leap)
+    gaps = (
+        [(m, 31) for m in (4, 6, 9, 11)] + [(2, 30), (2, 31)] + [(2, 29)] * (not leap)
+    )
     month, day = rng.choice(gaps)
     style = rng.choice([f for f in date_formats(where) if f != "full"])  # no weekday
     text = impossible_date(year, month, day, where, style)
@@ -158,7 +166,9 @@ def _countries(rng, where):
     return name, code, name
 
 
-_DRAW = dict(dates=_dates, amounts=_amounts, countries=_countries, render=_render, refuse=_refuse)
+_DRAW = dict(
+    dates=_dates, amounts=_amounts, countries=_countries, render=_render, refuse=_refuse
+)
 
 
 def _draw(kind, language, n, split, seed):

@@ -1,5 +1,11 @@
 """What a method costs and what it reaches: exact match, parameters, bytes, time, memory."""
 
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+
 import torch
 
 
@@ -34,3 +40,111 @@ def answers(model, tokenizer, prompts, batch_size=100):
         out.update(zip(batch, (text.strip(" ") for text in texts), strict=True))
     model.train(training)
     return [out[prompt] for prompt in prompts]
+
+
+def parameters(model):
+    """(trainable, all) parameter counts of a model, on any device, also on meta."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def nbytes(tensors):
+    """Bytes that tensors take, each storage counted once.
+
+    tensors: a module (its parameters and buffers), a dict or an iterable of tensors."""
+    if isinstance(tensors, torch.nn.Module):
+        tensors = [*tensors.parameters(), *tensors.buffers()]
+    elif isinstance(tensors, dict):
+        tensors = tensors.values()
+    stores = {}
+    for t in tensors:
+        store = t.untyped_storage()
+        # On meta every address is 0: there each tensor counts as a storage of its own.
+        key = id(t) if t.device.type == "meta" else (t.device, store.data_ptr())
+        stores[key] = store.nbytes()
+    return sum(stores.values())
+
+
+def peak_memory(work):
+    """Bytes that `work()` allocates at its highest point, above what was there before.
+
+    On a GPU, CUDA's own counter; on the CPU, the running maximum of the allocations and
+    releases that torch's profiler reports (not the process's RSS, which never shrinks)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
+    events = run.profiler.kineto_results.events()
+    memory = sorted(
+        (e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"
+    )
+    level = peak = 0
+    for _, change in memory:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def step_times(steps, rounds=20, warmup=3):
+    """Median seconds of several pieces of work, measured turn by turn in one run.
+
+    steps: {name: function without arguments}. Taking turns spreads whatever else the machine
+    does over all of them, so the ratios are steadier than the seconds. Returns {name: s}."""
+    times = {name: [] for name in steps}
+    for round_ in range(warmup + rounds):
+        for name, step in steps.items():
+            _synchronize()
+            begun = time.perf_counter()
+            step()
+            _synchronize()
+            if round_ >= warmup:
+                times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def _synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine():
+    """What the figures were measured on, for a results file: cores, threads, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        vectors=torch.backends.cpu.get_cpu_capability(),
+        gpu=gpu,
+        python=platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    )
+
+
+def interval(a, b, draws=2000, seed=0):
+    """Mean difference of two methods and its 95% interval, by a paired bootstrap.
+
+    a, b: booleans of shape (seeds, records), right or wrong, for the same test records; the
+    seeds and the records are both drawn anew, the same ones for both methods. Returns
+    (mean of a - b, low, high)."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    if a.shape != b.shape or a.dim() != 2:
+        raise ValueError(
+            f"need two (seeds, records) tables, not {a.shape} and {b.shape}"
+        )
+    dice = torch.Generator().manual_seed(seed)
+    gap, means = a - b, []
+    for _ in range(draws):
+        rows = torch.randint(len(gap), (len(gap),), generator=dice)
+        columns = torch.randint(gap.shape[1], (gap.shape[1],), generator=dice)
+        means.append(gap[rows][:, columns].mean())
+    low, high = torch.quantile(
+        torch.stack(means), torch.tensor([0.025, 0.975]).double()
+    )
+    return gap.mean().item(), low.item(), high.item()

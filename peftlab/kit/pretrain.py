@@ -11,7 +11,6 @@ split, which training never saw.
 
 import json
 import platform
-import random
 import shutil
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftlab.kit import data
 from peftlab.kit.measure import exact_match
-from peftlab.kit.train import collate
+from peftlab.kit.train import batches, collate
 
 SHARES = dict(dates=0.42, amounts=0.20, countries=0.10, render=0.18, refuse=0.10)
 FOLDER = Path(__file__).parents[1] / "models" / "tiny-decoder"
@@ -48,7 +47,9 @@ def train_tokenizer(lines, size=1024):
             show_progress=False,
         ),
     )
-    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -79,34 +80,19 @@ def new_model(vocabulary=1024):
     )
 
 
-def batches(lines, tokenizer, size, seed):
-    """Shuffle, then put lines of about one length together, so that little is padding."""
-    rng = random.Random(seed)
-    order = rng.sample(range(len(lines)), len(lines))
-    chunk = 50 * size
-    groups = []
-    for start in range(0, len(order), chunk):
-        part = sorted(order[start : start + chunk], key=lambda i: len(lines[i].line))
-        groups += [part[i : i + size] for i in range(0, len(part) - size + 1, size)]
-    rng.shuffle(groups)
-    for group in groups:
-        yield collate([lines[i] for i in group], tokenizer, loss_on="line")
-
-
 def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
     """Returns the trained model, its tokenizer and the log that `training.json` holds."""
     torch.manual_seed(seed)
     lines = data.mixture(SHARES, data.BASE_LANGUAGES, n, seed=seed)
     tokenizer = train_tokenizer([r.line for r in lines[:100_000]])
     model = new_model(len(tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    curve, begun, epoch, source = [], time.time(), 0, iter(())
+    curve, begun, source = [], time.time(), batches(lines, size, seed)
     for step in (bar := trange(steps, desc="tiny-decoder")):
-        if (batch := next(source, None)) is None:
-            source = batches(lines, tokenizer, size, seed=f"{seed} {epoch}")
-            batch, epoch = next(source), epoch + 1
-        loss = model(**batch).loss
+        loss = model(**collate(next(source), tokenizer, loss_on="line")).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -131,17 +117,23 @@ def marks(model, tokenizer, n=200):
     """Exact match on n test records of each kind and language, as {kind: {language: share}}."""
     table = {
         kind: {
-            language: exact_match(model, tokenizer, data.records(kind, language, n, "test"))
+            language: exact_match(
+                model, tokenizer, data.records(kind, language, n, "test")
+            )
             for language in data.BASE_LANGUAGES
         }
         for kind in ("dates", "amounts", "render")
     }
     table["refuse"] = {
-        language: exact_match(model, tokenizer, data.records("refuse", language, 50, "test"))
+        language: exact_match(
+            model, tokenizer, data.records("refuse", language, 50, "test")
+        )
         for language in data.BASE_LANGUAGES
     }
     table["held_back_dates"] = {
-        language: exact_match(model, tokenizer, data.records("dates", language, n, "test"))
+        language: exact_match(
+            model, tokenizer, data.records("dates", language, n, "test")
+        )
         for language in data.HELD_BACK
     }
     return table

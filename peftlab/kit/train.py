@@ -18,7 +18,9 @@ def collate(records, tokenizer, loss_on="answer"):
         answer = tokenizer(" " + record.answer, add_special_tokens=False)["input_ids"]
         answer = answer + [tokenizer.eos_token_id]
         rows.append(prompt + answer)
-        labels.append(([-100] * len(prompt) if loss_on == "answer" else prompt) + answer)
+        labels.append(
+            ([-100] * len(prompt) if loss_on == "answer" else prompt) + answer
+        )
     longest = max(map(len, rows))
 
     def padded(lists, fill):
@@ -31,7 +33,17 @@ def collate(records, tokenizer, loss_on="answer"):
     )
 
 
-def train(model, tokenizer, records, steps, lr, batch_size=32, seed=0, progress=True):
+def batches(records, size, seed=0):
+    """Endless lists of `size` records, shuffled anew each time all have been seen."""
+    rng, queue = random.Random(seed), []
+    while True:
+        while len(queue) < size:
+            queue += rng.sample(records, len(records))
+        yield queue[:size]
+        queue = queue[size:]
+
+
+def train(model, tokenizer, records, steps, lr, batch_size=16, seed=0, progress=True):
     """Train what is trainable in a causal model on the answers of `records`, with AdamW.
 
     lr: the peak learning rate, reached after 10% of the steps and falling linearly to zero
@@ -41,11 +53,13 @@ def train(model, tokenizer, records, steps, lr, batch_size=32, seed=0, progress=
     there are no records."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError("nothing to train: no parameter of the model has requires_grad")
+        raise ValueError(
+            "nothing to train: no parameter of the model has requires_grad"
+        )
     if not records or steps < 1:
         raise ValueError("train needs at least one record and one step")
     torch.manual_seed(seed)
-    rng, queue, losses = random.Random(seed), [], []
+    source, losses = batches(records, batch_size, seed), []
     optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.0)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -54,11 +68,8 @@ def train(model, tokenizer, records, steps, lr, batch_size=32, seed=0, progress=
     model.train()
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
-        while len(queue) < batch_size:
-            queue += rng.sample(records, len(records))
-        batch, queue = queue[:batch_size], queue[batch_size:]
-        batch = {k: v.to(model.device) for k, v in collate(batch, tokenizer).items()}
-        loss = model(**batch).loss
+        batch = collate(next(source), tokenizer)
+        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
         loss.backward()
         optimizer.step()
         schedule.step()

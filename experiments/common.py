@@ -1,0 +1,81 @@
+"""What the sweeps share: one run (train, then measure) and a pool of two workers."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, a thread each: no quarrel
+
+import torch
+from torch import multiprocessing
+from tqdm import tqdm
+
+from peftlab import lora
+from peftlab.kit import data, measure, results, zoo
+from peftlab.kit.results import share, where
+from peftlab.kit.train import train
+
+BASES = data.BASE_LANGUAGES
+TARGETS = {
+    "LoRA": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "MLP": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+def records(kind, languages, n, split, seed=0):
+    """n records of a kind from each language, in one list."""
+    return [r for where in languages for r in data.records(kind, where, n, split, seed)]
+
+
+def tune(languages, method, lr, seed, steps, replay=0.0):
+    """A copy of tiny-decoder trained on the dates of `languages`; returns (model, tokenizer).
+
+    method: "full", "LoRA r=8" (on all linears), "attention r=12" or "MLP r=7"; alpha is 2 r.
+    the share of the training records that are a mixture of what the base saw."""
+    torch.set_num_threads(1)
+    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    torch.manual_seed(seed)
+    if method != "full":
+        where, _, r = method.partition(" r=")
+        lora.add(model, TARGETS[where], r=int(r), alpha=2 * int(r))
+    lines = records("dates", languages, 3600 // len(languages), "train", seed)
+    if replay:
+        from peftlab.kit.pretrain import SHARES
+
+        n = round(len(lines) * replay / (1 - replay))
+        lines += data.mixture(SHARES, BASES, n, "train", seed)
+    train(model, tokenizer, lines, steps, lr, seed=seed, progress=False)
+    return model, tokenizer
+
+
+def scores(model, tokenizer, languages, n):
+    """Bits on test records: the languages learnt, the base languages, the refusals."""
+    sets = dict(
+        dev=records("dates", languages, 180 // len(languages), "dev"),
+        learned=records("dates", languages, n // len(languages), "test"),
+        base=records("dates", BASES, 40, "test"),
+        refuse=records("refuse", BASES, 20, "test"),
+    )
+    answered = {k: measure.answered(model, tokenizer, v) for k, v in sets.items()}
+    # One character a record keeps the file readable and the bootstrap possible.
+    return {k: "".join("01"[right] for right in v) for k, v in answered.items()}
+
+
+def best_rate(runs, method):
+    """The learning rate with the best mean on dev records, never on test records."""
+    rates = sorted({r["lr"] for r in runs if r["method"] == method})
+    mean = {
+        lr: sum(share(r["dev"]) for r in where(runs, method=method, lr=lr))
+        for lr in rates
+    }
+    return max(rates, key=mean.get)
+
+
+def sweep(run, jobs, title):
+    """run(job) for each job, two at a time; the results in the order of the jobs."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return list(tqdm(pool.imap(run, jobs), total=len(jobs), desc=title))
+
+
+def store(name, runs, **more):
+    """Write `book/results/NAME.json`: the machine, the settings, every run."""
+    results.save(name, dict(machine=measure.machine(), runs=runs, **more))

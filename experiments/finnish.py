@@ -1,0 +1,111 @@
+"""One new language: learning rates, what is forgotten, and the shape of the change.
+
+Finnish dates, 100 steps of 16. Every method at five learning rates and five seeds, and then,
+at each method's best rate, 200 steps: with and without a quarter of replay, with the spectrum
+of the change, its truncations and its intruder dimensions. Some fifteen minutes on two cores.
+"""
+
+import torch
+
+from experiments.common import best_rate, scores, share, store, sweep, tune
+from peftlab.kit import measure, zoo
+from peftlab.kit.data import records
+
+RATES = {
+    "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "LoRA r=1": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "LoRA r=8": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+SEEDS = range(5)
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def one_rate(job):
+    method, lr, seed = job
+    model, tokenizer = tune(["fi"], method, lr, seed, steps=100)
+    bits = scores(model, tokenizer, ["fi"], 400)
+    return dict(method=method, lr=lr, seed=seed, **bits)
+
+
+def linears(model):
+    """{path: weight} of the linear layers in the decoder's blocks, merged."""
+    return {
+        name.removesuffix(".weight"): p.detach()
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and ".layers." in name
+    }
+
+
+def energy_rank(matrix, share=0.9):
+    """How many singular values hold 90% of the sum of their squares."""
+    energy = torch.linalg.svdvals(matrix).square().cumsum(0)
+    return int((energy < share * energy[-1]).sum()) + 1
+
+
+def intruders(before, after, top=10, threshold=0.5):
+    """Of the top singular vectors after, how many are close to none before (2410.21228)."""
+    old, new = torch.linalg.svd(before)[0], torch.linalg.svd(after)[0][:, :top]
+    return int(((old.T @ new).abs().max(0).values < threshold).sum())
+
+
+@torch.no_grad()
+def truncated(base, model, tokenizer, rank, test):
+    """Exact match with each layer's change cut to its best approximation of a rank."""
+    before, after = linears(base), linears(model)
+    kept = {path: w.clone() for path, w in after.items()}
+    for path, w in after.items():
+        u, s, v = torch.linalg.svd(w - before[path], full_matrices=False)
+        w.copy_(before[path] + (u[:, :rank] * s[:rank]) @ v[:rank])
+    bits = measure.answered(model, tokenizer, test)
+    for path, w in after.items():
+        w.copy_(kept[path])
+    return sum(bits) / len(bits)
+
+
+def one_change(job):
+    method, lr, seed, replay = job
+    model, tokenizer = tune(["fi"], method, lr, seed, steps=200, replay=replay)
+    found = dict(method=method, lr=lr, seed=seed, replay=replay)
+    found |= scores(model, tokenizer, ["fi"], 400)
+    if replay:
+        return found
+    if method != "full":
+        from peftlab import lora
+
+        lora.merge(model)
+    base, _ = zoo.load("tiny-decoder", device="cpu")
+    before, after = linears(base), linears(model)
+    change = {path: after[path] - before[path] for path in before}
+    found["intruders"] = {p: intruders(before[p], after[p]) for p in before}
+    found["change"] = {p: (change[p].norm() / before[p].norm()).item() for p in before}
+    if method == "full":
+        test = records("dates", "fi", 200, "test")
+        noise = torch.Generator().manual_seed(seed)
+        found["rank90"] = {p: energy_rank(d) for p, d in change.items()}
+        found["rank90_random"] = {
+            p: energy_rank(torch.randn(d.shape, generator=noise))
+            for p, d in change.items()
+        }
+        found["rank90_weight"] = {p: energy_rank(w) for p, w in before.items()}
+        found["truncated"] = {
+            str(r): truncated(base, model, tokenizer, r, test) for r in RANKS
+        }
+    return found
+
+
+def main():
+    jobs = [(m, lr, seed) for m in RATES for lr in RATES[m] for seed in SEEDS]
+    runs = sweep(one_rate, jobs, "finnish: rates")
+    best = {m: best_rate(runs, m) for m in RATES}
+    for m, lr in best.items():
+        mine = [share(r["learned"]) for r in runs if (r["method"], r["lr"]) == (m, lr)]
+        print(f"{m}: best rate {lr:g}, Finnish {sum(mine) / len(mine):.3f}")
+    jobs = [
+        (m, best[m], seed, rep) for m in RATES for rep in (0.0, 0.25) for seed in SEEDS
+    ]
+    changes = sweep(one_change, jobs, "finnish: changes")
+    store("finnish", runs, best=best, changes=changes, steps=100, batch=16)
+
+
+if __name__ == "__main__":
+    main()

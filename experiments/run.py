@@ -1,0 +1,7 @@
+"""All long sweeps, one after the other: `make results` (about an hour on two cores)."""
+
+from experiments import atlas, finnish, six_languages, step_time
+
+if __name__ == "__main__":
+    for sweep in (finnish, six_languages, step_time, atlas):
+        sweep.main()

@@ -1,0 +1,630 @@
+"""Adapter files both ways with peft, and bad files: one sentence, nothing changed."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_lora import (
+    BATCH,
+    MODELS,
+    MODES,
+    SMALL,
+    assert_one_sentence,
+    assert_unchanged,
+    fill,
+    net,
+    peft_twin,
+    seeded,
+    snapshot,
+)
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peftlab import interop, lora
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEADS = dict(num_attention_heads=4)
+
+
+def roberta():
+    return seeded(RobertaForSequenceClassification(RobertaConfig(**SMALL, **HEADS)))
+
+
+def llama_classifier():
+    config = LlamaConfig(**SMALL, **HEADS, pad_token_id=0, num_labels=3)
+    return seeded(LlamaForSequenceClassification(config))
+
+
+def answers(model):
+    with torch.no_grad():
+        return model.eval()(**BATCH)[0]
+
+
+def jiggle(tensors, seed=5):
+    """Every tensor a little different, as after training: A, B, biases, heads."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in tensors:
+        t.data += torch.randn(t.shape, generator=generator) / 10
+
+
+def trained(model, **settings):
+    """The model with LoRA and the head, if it has one, as after training."""
+    model = copy.deepcopy(model)
+    lora.add(model, "all-linear", **{"r": 4, "alpha": 6, **settings})
+    head = getattr(model, "classifier", getattr(model, "score", nn.Module()))
+    jiggle([*lora.state_dict(model).values(), *head.parameters()])
+    return model
+
+
+def trained_by_peft(model, targets="all-linear", **settings):
+    twin = peft_twin(model, targets, **settings)
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    return twin
+
+
+def assert_equal(got, want):
+    gap, size = (got - want).abs().max(), want.abs().max()
+    assert gap <= 1e-6 * max(1, size), f"the outputs differ by {gap:.1e} of {size:.1e}"
+
+
+def config_of(folder):
+    return json.loads((folder / CONFIG).read_text("utf8"))
+
+
+def rewrite(folder, **settings):
+    config = {**config_of(folder), **settings}
+    (folder / CONFIG).write_text(json.dumps(config), "utf8")
+
+
+# Both ways
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_loads_what_we_save(name, mode, tmp_path, recwarn):
+    plain = MODELS[name]()
+    ours = trained(plain, **MODES[mode])
+    interop.save(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    said = [str(w.message) for w in recwarn if "adapter keys" in str(w.message)]
+    assert not said, f"peft misses tensors or finds too many: {said}"
+    want = answers(ours)
+    assert (want - answers(plain)).abs().max() > 1e-2, "the adapter does nothing"
+    assert_equal(answers(theirs), want)
+    back = interop.load(plain, tmp_path)
+    assert torch.equal(answers(back), want)
+    assert lora.state_dict(back).keys() == lora.state_dict(ours).keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_we_load_what_peft_saves(name, mode, tmp_path):
+    plain = MODELS[name]()
+    more = dict(task_type="SEQ_CLS") if name == "bert" else {}
+    theirs = trained_by_peft(plain, **MODES[mode], **more)
+    theirs.save_pretrained(tmp_path)
+    want = answers(theirs)
+    assert (want - answers(plain)).abs().max() > 1e-2, "the adapter does nothing"
+    ours = interop.load(plain, tmp_path)
+    assert_equal(answers(ours), want)
+    trainable = [n for n, p in ours.named_parameters() if p.requires_grad]
+    assert len(trainable) == len(lora.state_dict(ours)), "more trains than the adapter"
+
+
+@pytest.mark.parametrize("build", [roberta, llama_classifier])
+def test_a_classifiers_head_goes_both_ways(build, tmp_path):
+    plain = build()
+    targets = ["query", "value"] if build is roberta else ["q_proj", "v_proj"]
+    for bias in ("none", "all"):
+        theirs = trained_by_peft(plain, "all-linear", bias=bias, task_type="SEQ_CLS")
+        theirs.save_pretrained(tmp_path)
+        ours = interop.load(copy.deepcopy(plain), tmp_path)
+        assert_equal(answers(ours), answers(theirs))
+        ours = trained(plain, bias=bias)
+        interop.save(ours, tmp_path)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+        assert_equal(answers(theirs), answers(ours))
+    theirs = trained_by_peft(plain, targets, task_type="SEQ_CLS")
+    theirs.save_pretrained(tmp_path)
+    ours = interop.load(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(ours), answers(theirs))
+
+
+def test_a_question_answerers_head_goes_along_as_in_peft(tmp_path):
+    plain = seeded(BertForQuestionAnswering(BertConfig(**SMALL, **HEADS)))
+    ours = lora.add(copy.deepcopy(plain), ["query", "value"])
+    jiggle([*lora.state_dict(ours).values(), *ours.qa_outputs.parameters()])
+    interop.save(ours, tmp_path)
+    assert config_of(tmp_path)["task_type"] == "QUESTION_ANS"
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(theirs), answers(ours))
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(ours))
+
+
+def test_a_head_that_is_asked_for_goes_both_ways(tmp_path):
+    plain = MODELS["llama"]()
+    ours = trained(plain)
+    jiggle(ours.lm_head.parameters())
+    interop.save(ours, tmp_path, heads=("lm_head",))
+    assert config_of(tmp_path)["modules_to_save"] == ["lm_head"]
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(theirs), answers(ours))
+    theirs = trained_by_peft(plain, ["q_proj"], modules_to_save=["lm_head"])
+    theirs.save_pretrained(tmp_path)
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(targets=r".*\.0\.self_attn\.(q|v)_proj"),
+        dict(targets=r"model\.layers\.1\..*_proj"),
+        dict(targets=["q_proj", "up_proj"], exclude_modules=["0.self_attn.q_proj"]),
+        dict(targets=r".*_proj", exclude_modules=r".*mlp.*"),
+        dict(targets=["model.layers.1.mlp.down_proj", "0.self_attn.o_proj"]),
+    ],
+)
+def test_we_select_the_modules_that_peft_selected(settings, tmp_path):
+    plain = MODELS["llama"]()
+    theirs = trained_by_peft(plain, **settings)
+    theirs.save_pretrained(tmp_path)
+    ours = interop.load(plain, tmp_path)
+    assert_equal(answers(ours), answers(theirs))
+    paths = {n.rpartition(".")[0] for n in lora.state_dict(ours)}
+    assert paths == {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if hasattr(m, "lora_A")
+    }
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_ways_to_start_that_keep_the_base_are_read(init, tmp_path):
+    plain = MODELS["llama"]()
+    theirs = trained_by_peft(plain, ["q_proj"], init_lora_weights=init)
+    theirs.save_pretrained(tmp_path)
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+
+
+def test_the_fewest_settings_that_peft_takes_are_enough(tmp_path):
+    plain = MODELS["llama"]()
+    theirs = trained_by_peft(plain, ["q_proj"], r=8, alpha=8)
+    theirs.save_pretrained(tmp_path)
+    config = dict(peft_type="LORA", target_modules=["q_proj"])
+    (tmp_path / CONFIG).write_text(json.dumps(config), "utf8")
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+
+
+def test_dropout_is_kept_and_off_in_eval_mode(tmp_path):
+    plain = MODELS["llama"]()
+    interop.save(trained(plain, dropout=0.25), tmp_path)
+    assert config_of(tmp_path)["lora_dropout"] == 0.25
+    ours = interop.load(plain, tmp_path)  # it is in eval mode
+    with torch.no_grad():
+        assert torch.equal(ours(**BATCH)[0], ours(**BATCH)[0])
+    layer = ours.model.layers[0].self_attn.q_proj
+    assert layer.dropout.p == 0.25
+
+
+# What is written
+
+
+def test_the_file_holds_the_adapter_and_no_base_weight(tmp_path):
+    for name, dtype in (("llama", torch.float32), ("gpt2", torch.bfloat16)):
+        model = MODELS[name]().to(dtype)
+        fill(lora.add(model, "all-linear", r=2), lora)
+        interop.save(model, tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        ends = (".lora_A.weight", ".lora_B.weight")
+        assert all(n.startswith("base_model.model.") for n in tensors)
+        assert all(n.endswith(ends) for n in tensors), "a base weight is in the file"
+        assert len(tensors) == len(lora.state_dict(model))
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+        assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    "build, task",
+    [
+        (MODELS["llama"], "CAUSAL_LM"),
+        (MODELS["gpt2"], "CAUSAL_LM"),
+        (MODELS["bert"], "SEQ_CLS"),
+        (MODELS["bert-model"], None),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4)),
+            "SEQ_2_SEQ_LM",
+        ),
+        (net, None),
+    ],
+)
+def test_the_task_is_guessed_from_the_models_class(build, task, tmp_path):
+    model = lora.add(build(), "all-linear")
+    interop.save(model, tmp_path)
+    assert config_of(tmp_path)["task_type"] == task
+
+
+def test_the_settings_are_written_as_peft_names_them(tmp_path):
+    model = lora.add(
+        MODELS["gpt2"](), ["c_attn"], r=3, alpha=5, bias="lora_only", rslora=True
+    )
+    interop.save(model, tmp_path, task_type="FEATURE_EXTRACTION")
+    config = config_of(tmp_path)
+    wanted = dict(
+        peft_type="LORA",
+        task_type="FEATURE_EXTRACTION",
+        r=3,
+        lora_alpha=5,
+        lora_dropout=0.0,
+        bias="lora_only",
+        use_rslora=True,
+        target_modules=["c_attn"],
+        modules_to_save=None,
+        fan_in_fan_out=True,
+        inference_mode=True,
+    )
+    assert {name: config[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "targets, written",
+    [
+        (
+            ["q_proj", "model.layers.0.self_attn.v_proj", "1.self_attn.v_proj"],
+            ["q_proj", "v_proj"],
+        ),
+        (["0.self_attn.q_proj"], ["0.self_attn.q_proj"]),
+        (["mlp.up_proj"], ["up_proj"]),
+        (
+            "all-linear",
+            "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split(),
+        ),
+    ],
+)
+def test_targets_are_written_as_the_shortest_suffixes(targets, written, tmp_path):
+    interop.save(lora.add(MODELS["llama"](), targets), tmp_path)
+    assert config_of(tmp_path)["target_modules"] == written
+
+
+def test_a_suffix_never_selects_a_layer_too_many(tmp_path):
+    model = seeded(MODELS["bert-model"]())
+    lora.add(model, ["attention.output.dense"])  # "dense" and "output.dense" are more
+    interop.save(model, tmp_path)
+    assert config_of(tmp_path)["target_modules"] == ["attention.output.dense"]
+
+
+class Odd(nn.Module):
+    """A linear `up`, and a norm `inner.up` that the suffix "up" would select too."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"up": nn.LayerNorm(4)})
+
+    def forward(self, x):
+        return self.inner["up"](self.up(x))
+
+
+def test_where_no_suffix_will_do_a_regular_expression_is_written(tmp_path):
+    plain, x = seeded(Odd()), torch.randn(3, 4)
+    ours = fill(lora.add(copy.deepcopy(plain), ["up"], r=2), lora)
+    interop.save(ours, tmp_path)
+    assert config_of(tmp_path)["target_modules"] == "up"
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(theirs(x), ours(x))
+    assert torch.equal(interop.load(plain, tmp_path)(x), ours(x))
+
+
+def test_saving_and_loading_many_times_gives_the_same_bytes(tmp_path):
+    interop.save(trained(MODELS["llama"](), bias="all"), tmp_path / "one")
+    again = interop.load(MODELS["llama"](), tmp_path / "one")
+    interop.save(again, tmp_path / "two")
+    for name in (CONFIG, WEIGHTS):
+        one, two = (tmp_path / k / name for k in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+# A crash while writing
+
+
+def fail(*args, **kwargs):
+    raise OSError("no space left on the device")
+
+
+@pytest.mark.parametrize("where", ["save_file", "write_text", "replace"])
+def test_a_crash_while_writing_leaves_the_old_adapter_whole(
+    where, tmp_path, monkeypatch
+):
+    model = trained(MODELS["llama"]())
+    interop.save(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    jiggle(lora.state_dict(model).values())
+    owner = dict(save_file=interop, write_text=Path, replace=os)[where]
+    monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(OSError, match="no space"):
+        interop.save(model, tmp_path)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "case, settings",
+    [
+        ("no LoRA", dict(model=MODELS["llama"])),
+        ("empty", dict(folder="")),
+        ("empty", dict(folder="  ")),
+        ("no module", dict(heads=("no_such_head",))),
+        ("carries LoRA", dict(heads=("model.layers.0.self_attn.q_proj",))),
+        ("carries LoRA", dict(heads=("model",))),
+    ],
+)
+def test_what_cannot_be_saved_writes_nothing(case, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build = settings.pop("model", lambda: trained(MODELS["llama"]()))
+    settings.setdefault("folder", tmp_path / "new")
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=case) as error:
+        interop.save(model, **settings)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_head_is_refused_on_both_ways(tmp_path):
+    plain = MODELS["tiny-decoder"]()
+    with pytest.raises(ValueError, match="tied") as error:
+        interop.save(trained(plain), tmp_path, heads=("lm_head",))
+    assert_one_sentence(error)
+    theirs = trained_by_peft(plain, ["q_proj"])
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.model.lm_head.weight"] = plain.lm_head.weight.detach().clone()
+    save_file(tensors, tmp_path / WEIGHTS)
+    rewrite(tmp_path, modules_to_save=["lm_head"])
+    refuses(plain, tmp_path, "tied")
+
+
+# Bad files: one sentence, and the model as it was
+
+
+def refuses(model, folder, match):
+    first = next(model.parameters()).requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match) as error:
+        interop.load(model, folder)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+    assert not first.requires_grad
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    interop.save(trained(MODELS["llama"](), bias="lora_only"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(stored, tmp_path):
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes((stored / name).read_bytes())
+    return tmp_path
+
+
+def test_the_stored_adapter_loads(folder):
+    interop.load(MODELS["llama"](), folder)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refuses(MODELS["llama"](), tmp_path / "nowhere", "no adapter folder")
+    refuses(MODELS["llama"](), str(tmp_path), CONFIG)
+    (tmp_path / "file").write_text("{}")
+    refuses(MODELS["llama"](), tmp_path / "file", "no adapter folder")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_refused_by_its_name(name, folder):
+    (folder / name).unlink()
+    refuses(MODELS["llama"](), folder, name)
+
+
+def test_a_pickle_is_never_read(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    refuses(MODELS["llama"](), folder, "pickle")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"r": 8,}', b"\xff\xfe\x00", b"LORA"])
+def test_a_config_that_is_no_json_is_refused(text, folder):
+    (folder / CONFIG).write_bytes(text)
+    refuses(MODELS["llama"](), folder, "not valid JSON")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"LORA"', "{}"])
+def test_json_that_is_no_config_is_refused(text, folder):
+    (folder / CONFIG).write_text(text)
+    refuses(MODELS["llama"](), folder, "not a LoRA adapter")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 0.5, -1])
+def test_a_truncated_file_is_refused(keep, folder):
+    content = (folder / WEIGHTS).read_bytes()
+    keep = int(keep * len(content)) if keep == 0.5 else keep
+    (folder / WEIGHTS).write_bytes(content[:keep])
+    refuses(MODELS["llama"](), folder, "truncated or damaged")
+
+
+def test_a_file_without_lora_tensors_is_refused(folder):
+    for tensors in ({}, {"base_model.model.lm_head.weight": torch.ones(40, 32)}):
+        save_file(tensors, folder / WEIGHTS)
+        refuses(MODELS["llama"](), folder, "no LoRA tensors")
+
+
+@pytest.mark.parametrize("change", ["A", "B", "bias", "more", "other shape", "other r"])
+def test_tensors_that_do_not_fit_are_refused(change, folder):
+    tensors = load_file(folder / WEIGHTS)
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    if change == "more":
+        tensors[f"{path}.lora_C.weight"] = torch.ones(2)
+    elif change == "other shape":
+        tensors[f"{path}.lora_A.weight"] = torch.ones(4, 31)
+    elif change == "other r":
+        rewrite(folder, r=5)
+    else:
+        ends = dict(A="lora_A.weight", B="lora_B.weight", bias="base_layer.bias")
+        del tensors[f"{path}.{ends[change]}"]
+    save_file(tensors, folder / WEIGHTS)
+    refuses(MODELS["llama"](), folder, "another model")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(hidden_size=48),
+        dict(intermediate_size=80),
+        dict(num_hidden_layers=1),
+        dict(num_hidden_layers=3),
+        dict(num_key_value_heads=4),
+        dict(attention_bias=False),
+    ],
+    ids=str,
+)
+def test_an_adapter_for_another_model_is_refused(other, folder):
+    sizes = dict(num_key_value_heads=1, attention_bias=True)
+    config = LlamaConfig(**{**SMALL, **HEADS, **sizes, **other})
+    refuses(LlamaForCausalLM(config), folder, "another model")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "bert-model", "tiny-decoder"])
+def test_an_adapter_for_another_family_is_refused(name, folder):
+    refuses(MODELS[name](), folder, "another model")
+
+
+def test_an_adapter_is_refused_where_there_is_one(folder):
+    model = interop.load(MODELS["llama"](), folder)
+    refuses(model, folder, "already")
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("layers_to_transform", [0]),
+        ("layers_to_transform", 0),
+        ("layer_replication", [[0, 1], [0, 2]]),
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": []}),
+        ("lora_bias", True),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("alora_invocation_tokens", [1]),
+        ("arrow_config", {"top_k": 3}),
+        ("megatron_config", {"tp": 2}),
+        ("corda_config", {"a": 1}),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", ["pissa"]),
+        ("a_setting_of_next_year", "on"),
+    ],
+)
+def test_a_setting_that_changes_numbers_is_refused_by_name(setting, value, folder):
+    rewrite(folder, **{setting: value})
+    refuses(MODELS["llama"](), folder, setting)
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("r", "4"),
+        ("r", 0),
+        ("r", None),
+        ("lora_alpha", -6),
+        ("lora_alpha", None),
+        ("lora_dropout", 1.5),
+        ("bias", "some"),
+        ("target_modules", None),
+        ("target_modules", []),
+        ("target_modules", 3),
+        ("target_modules", ["q_proj"]),
+        ("target_modules", "*("),
+        ("target_modules", "all-nonlinear"),
+        ("exclude_modules", "*("),
+        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["q_proj"]),
+        ("modules_to_save", "lm_head"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_refused(setting, value, folder):
+    rewrite(folder, **{setting: value})
+    refuses(MODELS["llama"](), folder, "")
+
+
+def test_every_field_of_pefts_config_is_known_or_refused(folder):
+    known = {*interop.DEFAULTS, *interop.HARMLESS}
+    fields = set(LoraConfig.__dataclass_fields__)
+    gone = known - fields - {"peft_version"}
+    assert not gone, f"peft no longer has these settings: {gone}"
+    for field in sorted(fields - known):
+        rewrite(folder, **{field: "on"})
+        refuses(MODELS["llama"](), folder, field)
+        rewrite(folder, **{field: None})
+
+
+def test_another_kind_of_adapter_is_refused_by_its_name(tmp_path):
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    get_peft_model(MODELS["llama"](), config).save_pretrained(tmp_path)
+    refuses(MODELS["llama"](), tmp_path, "IA3")
+
+
+def test_dora_rank_pattern_and_embeddings_by_peft_are_refused(tmp_path):
+    for match, settings in (
+        ("use_dora", dict(use_dora=True)),
+        ("rank_pattern", dict(rank_pattern={"q_proj": 2})),
+        ("embedding", dict(targets=["q_proj", "embed_tokens"])),
+        ("pissa", dict(init_lora_weights="pissa")),
+    ):
+        twin = peft_twin(MODELS["llama"](), **{"targets": ["q_proj"], **settings})
+        twin.save_pretrained(tmp_path)
+        refuses(MODELS["llama"](), tmp_path, match)
+
+
+def test_a_head_that_was_not_saved_is_missed(tmp_path):
+    interop.save(trained(MODELS["bert"]()), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for end, match in (
+        ("classifier.weight", "classifier.weight"),
+        ("bias", "classifier"),
+    ):
+        for name in [n for n in tensors if n.endswith(end)]:
+            del tensors[name]
+        save_file(tensors, tmp_path / WEIGHTS)
+        refuses(MODELS["bert"](), tmp_path, match)
+
+
+def test_a_head_of_another_width_is_refused(tmp_path):
+    interop.save(trained(MODELS["bert"]()), tmp_path)
+    model = MODELS["bert"]()
+    model.classifier = nn.Linear(32, 5)
+    refuses(model, tmp_path, "classifier")

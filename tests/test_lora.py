@@ -1,0 +1,710 @@
+"""LoRA's laws, and the same numbers as peft: forward, backward, after training.
+
+A law that takes only `lora`, the module, is run again by tests/test_mutations.py on
+broken copies of lora.py. Messages name the mistake that gives the symptom.
+"""
+
+import copy
+import math
+
+import bitsandbytes
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from peftlab import lora as reference
+from peftlab.kit import zoo
+
+IDS = torch.arange(22).reshape(2, 11) % 11
+ALL = "q_proj c_attn c_proj proj".split()  # the linears of Net but its head
+SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+
+
+@pytest.fixture
+def lora():
+    return reference
+
+
+class Net(nn.Module):
+    """A decoder's stand-in with every sort of layer that LoRA meets, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.q_proj = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.c_attn = Conv1D(12, 8)  # GPT-2's: 8 in, 12 out, the weight is (8, 12)
+        self.c_proj = Conv1D(12, 12)  # square: a wrong transpose still fits
+        self.proj = nn.Linear(12, 12, bias=False)
+        self.lm_head = nn.Linear(12, 11)
+
+    def forward(self, ids):
+        x = self.norm(torch.tanh(self.q_proj(self.embed(ids))))
+        x = self.c_proj(torch.tanh(self.c_attn(x)))
+        return self.lm_head(torch.tanh(self.proj(torch.tanh(x))))
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+
+def seeded(model, seed=0):
+    """The model with every weight random, biases and norms too (none 0 or 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if p.dim() == 1:
+            noise = 0.3 * noise + name.endswith("weight")  # a norm's is about 1
+        else:
+            noise /= math.sqrt(p.shape[-1])
+        p.data = noise.to(p.dtype)
+    return model.eval()
+
+
+def net():
+    return seeded(Net().double())
+
+
+def fill(model, lora, seed=1):
+    """Random B (A is random already), so that the bypass says something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, t in lora.state_dict(model).items():
+        if name.endswith("lora_B"):
+            t.copy_(torch.randn(t.shape, generator=generator) / 8)
+    return model
+
+
+def train(model, lora, steps=3):
+    """A few steps of gradient descent on whatever is trainable; the model."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(IDS) - 1).pow(2).mean().backward()
+        optimizer.step()
+    return model
+
+
+def snapshot(model):
+    """All that must not move when something raises: values, flags, types."""
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    kinds = {n: (type(m), m.training) for n, m in model.named_modules()}
+    return values, flags, kinds
+
+
+def assert_unchanged(model, before):
+    values, flags, kinds = snapshot(model)
+    assert kinds == before[2], "a layer was replaced although the call raised"
+    assert flags == before[1], "requires_grad was changed although the call raised"
+    assert values.keys() == before[0].keys()
+    moved = [n for n, t in values.items() if not torch.equal(t, before[0][n])]
+    assert not moved, f"weights were changed although the call raised: {moved}"
+
+
+def assert_one_sentence(error):
+    message = str(error.value)
+    assert message and "\n" not in message, f"not one clear line: {message!r}"
+    assert len(message) < 500, f"too long to be one clear sentence: {message!r}"
+
+
+def trainable(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+# The laws
+
+
+def test_adding_lora_changes_no_output(lora):
+    plain = net()(IDS)
+    for bias in ("none", "all"):
+        model = lora.add(net(), ALL, bias=bias)
+        assert torch.equal(model(IDS), plain), (
+            "outputs moved at step 0: B must start at zero (are A and B both random?)"
+        )
+
+
+def test_the_first_gradient_reaches_b_and_not_a(lora):
+    model = lora.add(net(), ALL)
+    model(IDS).pow(2).mean().backward()
+    for name, p in lora.state_dict(model, keep_vars=True).items():
+        assert p.grad is not None, f"{name} gets no gradient: is the bypass dead?"
+        if name.endswith("lora_A"):
+            assert not p.grad.any(), f"{name} has a gradient: B was not zero"
+        else:
+            assert p.grad.any(), f"{name} stays zero: is A zero too, the bypass dead?"
+
+
+def test_a_starts_uniform_within_one_over_the_root_of_its_width(lora):
+    layer = lora.add(nn.Sequential(nn.Linear(400, 3)), ["0"], r=100)[0]
+    bound = 1 / math.sqrt(400)
+    assert layer.lora_A.abs().max() <= bound
+    assert abs(layer.lora_A.std() - bound / math.sqrt(3)) < 0.02 * bound
+    assert layer.lora_A.shape == (100, 400) and layer.lora_B.shape == (3, 100)
+
+
+def test_the_bypass_adds_alpha_over_r_times_b_a_x(lora):
+    base = nn.Linear(6, 4).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    plain = base(x)
+    layer = fill(lora.add(nn.Sequential(base), ["0"], r=3, alpha=12), lora)[0]
+    added = layer(x) - plain
+    product = x @ layer.lora_A.T @ layer.lora_B.T
+    assert added.any(), "the bypass adds nothing: the branch is dead"
+    torch.testing.assert_close(
+        added, 4 * product, msg="the scale is alpha / r (not 1, alpha or alpha * r)"
+    )
+
+
+def test_rslora_scales_by_alpha_over_the_root_of_r(lora):
+    base = nn.Linear(6, 4).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    plain = base(x)
+    model = lora.add(nn.Sequential(base), ["0"], r=4, alpha=12, rslora=True)
+    layer = fill(model, lora)[0]
+    product = x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(
+        layer(x) - plain, 6 * product, msg="with rsLoRA the scale is alpha / sqrt(r)"
+    )
+    merged = lora.merge(model)
+    torch.testing.assert_close(merged(x) - plain, 6 * product)
+
+
+def test_a_conv1d_is_wrapped_by_what_goes_in_and_out(lora):
+    model = fill(lora.add(net(), ALL, r=2, alpha=2), lora)
+    layer, x = model.c_attn, torch.randn(5, 8, dtype=torch.float64)
+    assert layer.lora_A.shape == (2, 8), "A is (r, in); a Conv1D's weight is (in, out)"
+    assert layer.lora_B.shape == (12, 2), "B is (out, r)"
+    expected = x @ layer.base.weight + layer.base.bias
+    expected = expected + x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_change_after_training_has_rank_r(lora):
+    before = {n: p.clone() for n, p in net().named_parameters()}
+    model = lora.merge(train(lora.add(net(), ALL, r=2), lora))
+    for name in ALL:
+        change = model.get_parameter(f"{name}.weight") - before[f"{name}.weight"]
+        values = torch.linalg.svdvals(change)
+        assert values[0] > 1e-6, f"{name} did not change: was it trained at all?"
+        assert values[1] > 1e-12 * values[0], f"{name}: only one direction was learned"
+        assert values[2] < 1e-12 * values[0], f"{name}: rank above r; is W trained too?"
+
+
+def test_merged_equals_unmerged_to_1e_10_in_float64(lora):
+    model = train(lora.add(net(), ALL, r=3, alpha=12), lora)
+    wrapped = model(IDS)
+    assert (wrapped - net()(IDS)).abs().max() > 1e-3
+    gap = (lora.merge(model)(IDS) - wrapped).abs().max()
+    assert gap < 1e-10, (
+        f"merging moved the outputs by {gap:.1e}: is the product transposed (W is"
+        " (out, in), a Conv1D's (in, out)), or the scaling forgotten?"
+    )
+
+
+def test_merging_leaves_plain_frozen_layers(lora):
+    model = lora.merge(lora.add(net(), ALL, bias="all"))
+    kinds = [(n, type(m)) for n, m in model.named_modules()]
+    assert kinds == [(n, type(m)) for n, m in net().named_modules()]
+    assert model.state_dict().keys() == net().state_dict().keys()
+    assert not trainable(model), "a merged model is frozen, its biases too"
+
+
+def test_merging_takes_a_16_bit_base_once_to_its_own_precision(lora):
+    model = fill(lora.add(net().bfloat16(), ["proj"], r=2, alpha=4), lora)
+    layer = model.proj
+    exact = layer.base.weight.float() + 2 * layer.lora_B @ layer.lora_A
+    merged = lora.merge(model).proj.weight
+    assert torch.equal(merged, exact.bfloat16()), "the sum must be rounded only once"
+
+
+def test_a_and_b_are_float32_over_a_16_bit_base(lora):
+    for dtype in (torch.bfloat16, torch.float16):
+        base = nn.Linear(6, 6).to(dtype)
+        layer = lora.add(nn.Sequential(base), ["0"], r=2)[0]
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+        y = layer(torch.randn(3, 6, dtype=dtype))
+        assert y.dtype == dtype, "the layer must answer in its base's precision"
+        y.sum().backward()
+        assert layer.lora_B.grad.any() and layer.base.weight.dtype == dtype
+
+
+def test_dropout_is_off_in_eval_mode(lora):
+    model = fill(lora.add(net(), ALL, dropout=0.5), lora)
+    twin = fill(lora.add(net(), ALL), lora)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(IDS), twin(IDS)), "dropout is left on in eval mode"
+
+
+def test_dropout_is_off_at_once_on_a_model_in_eval_mode(lora):
+    model = fill(lora.add(net().eval(), ALL, dropout=0.5), lora)
+    assert torch.equal(model(IDS), model(IDS)), "the new layers are in train mode"
+    assert lora.add(net().train(), ALL, dropout=0.5).proj.training
+
+
+def test_dropout_thins_only_the_input_of_the_bypass(lora):
+    x = torch.randn(50, 6, dtype=torch.float64)
+    base = nn.Linear(6, 4).double()
+    layer = lora.add(nn.Sequential(base), ["0"], r=2, alpha=4, dropout=0.5).train()[0]
+    assert torch.equal(layer(x), base(x)), "dropout touches the base's path"
+    fill(layer, lora)
+    torch.manual_seed(3)
+    got = layer(x)
+    torch.manual_seed(3)
+    thinned = nn.functional.dropout(x, 0.5)
+    expected = base(x) + 2 * thinned @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(got, expected, msg="dropout goes on x, before A")
+
+
+def test_only_a_and_b_train(lora):
+    model = lora.add(net(), ALL)
+    wanted = {f"{path}.lora_{x}" for path in ALL for x in "AB"}
+    assert trainable(model) == wanted, "the base is not frozen, or A and B are"
+
+
+def test_bias_all_trains_every_bias_and_no_other_base_weight(lora):
+    model = lora.add(net(), ["q_proj"], bias="all")
+    got = {n.replace(".base", "") for n in trainable(model) if "lora_" not in n}
+    wanted = {f"{p}.bias" for p in ("q_proj", "norm", "c_attn", "c_proj", "lm_head")}
+    assert got == wanted
+
+
+def test_bias_lora_only_trains_the_biases_of_the_targets(lora):
+    model = lora.add(net(), ["q_proj", "c_proj", "proj"], bias="lora_only")
+    got = {n.replace(".base", "") for n in trainable(model) if "lora_" not in n}
+    assert got == {"q_proj.bias", "c_proj.bias"}
+
+
+def test_frozen_weights_are_bit_identical_after_training(lora):
+    biases = [f"{p}.bias" for p in ("q_proj", "norm", "c_attn", "c_proj", "lm_head")]
+    asked = {"none": [], "all": biases, "lora_only": [biases[0], *biases[2:4]]}
+    for bias in asked:
+        model = lora.add(net(), ALL, bias=bias)
+        before = snapshot(model)[0]
+        train(model, lora)
+        for name, t in model.state_dict().items():
+            trains = "lora_" in name or name.replace(".base", "") in asked[bias]
+            moved = not torch.equal(t, before[name])
+            assert trains or not moved, f"{name} is frozen, and yet it moved"
+            assert moved or not trains, f"{name} did not train"
+
+
+def test_train_and_eval_change_no_weight(lora):
+    model = fill(lora.add(net(), ALL), lora)
+    before = snapshot(model)[0]
+    model.train().eval().train().eval()
+    after = snapshot(model)[0]
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before), "a mode merged LoRA"
+
+
+def test_merging_a_tied_head_leaves_the_embedding_alone(lora):
+    model = net()
+    model.lm_head = nn.Linear(6, 11, bias=False).double()
+    model.lm_head.weight = model.embed.weight
+    model.proj = nn.Linear(12, 6, bias=False).double()
+    embedding = model.embed.weight.detach().clone()
+    fill(lora.add(model, ["lm_head"]), lora)
+    wrapped = model(IDS)
+    lora.merge(model)
+    assert torch.equal(model.embed.weight, embedding), "the tied embedding moved too"
+    assert (model(IDS) - wrapped).abs().max() < 1e-10
+
+
+def test_a_linear_with_two_parents_is_wrapped_once_and_merged_once(lora):
+    shared = nn.Linear(6, 6).double()
+    model = nn.ModuleDict({k: nn.ModuleDict({"up": shared}) for k in "ab"})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    fill(lora.add(model, ["up"], r=2), lora)
+    assert model["a"]["up"] is model["b"]["up"], "one linear got two bypasses"
+    assert len(lora.state_dict(model)) == 2
+    wrapped = model["b"]["up"](x)
+    lora.merge(model)
+    assert model["a"]["up"] is model["b"]["up"] is shared
+    gap = (model["b"]["up"](x) - wrapped).abs().max()
+    assert gap < 1e-10, "the shared weight was merged twice, or in one parent only"
+
+
+def test_all_linear_leaves_out_the_output_head(lora):
+    model = lora.add(net(), "all-linear")
+    got = {n.rpartition(".")[0] for n in lora.state_dict(model)}
+    assert "lm_head" not in got, "all-linear must leave out the output head"
+    assert got == set(ALL)
+
+
+def test_all_linear_leaves_out_a_classifier_and_a_score(lora):
+    two = nn.ModuleDict({"dense": nn.Linear(4, 4), "out_proj": nn.Linear(4, 2)})
+    for name, head in (
+        ("classifier", nn.Linear(4, 2)),
+        ("score", nn.Linear(4, 2)),
+        ("classifier", two),  # RoBERTa's; and it has a name that the body has too
+    ):
+        model = nn.ModuleDict({"dense": nn.Linear(4, 4), name: head})
+        lora.add(model, "all-linear")
+        got = {n.rpartition(".")[0] for n in lora.state_dict(model)}
+        assert got == {"dense"}, f"all-linear must leave out the head: {got}"
+
+
+def test_a_target_matches_whole_names_from_the_end(lora):
+    def chosen(*targets):
+        model = nn.ModuleDict(
+            {
+                "first": nn.ModuleDict(
+                    {k: nn.Linear(2, 2) for k in ("q_proj", "proj")}
+                ),
+                "other": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
+            }
+        )
+        lora.add(model, list(targets), r=1)
+        return {n.rpartition(".")[0] for n in lora.state_dict(model)}
+
+    assert chosen("proj") == {"first.proj", "other.proj"}, '"proj" is not "q_proj"'
+    assert chosen("first.proj") == {"first.proj"}
+    assert chosen("q_proj", "other.proj") == {"first.q_proj", "other.proj"}
+
+
+def test_a_half_wrong_target_list_is_refused(lora):
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no_such_proj") as error:
+        lora.add(model, ["q_proj", "no_such_proj"])
+    assert "c_attn" in str(error.value), "the message must list what there is"
+    assert_unchanged(model, before)
+
+
+def test_the_state_dict_goes_round(lora):
+    for bias in ("none", "all", "lora_only"):
+        one = train(lora.add(net(), ALL, bias=bias), lora)
+        two = lora.add(net(), ALL, bias=bias)
+        tensors = {n: t.clone() for n, t in lora.state_dict(one).items()}
+        lora.load_state_dict(two, tensors)
+        assert torch.equal(one(IDS), two(IDS)), "something trained was not carried over"
+        assert trainable(two) == trainable(one)
+
+
+def test_the_state_dict_names_biases_as_in_the_plain_model(lora):
+    model = lora.add(net(), ["q_proj"], bias="all")
+    biases = {n: t for n, t in lora.state_dict(model).items() if "lora_" not in n}
+    plain = dict(net().named_parameters())
+    assert biases.keys() == {n for n in plain if n.endswith("bias")}
+    assert all(torch.equal(t, plain[n]) for n, t in biases.items())
+
+
+def test_a_module_that_is_called_base_keeps_its_name(lora):
+    def build():
+        inner = nn.ModuleDict({"base": nn.Linear(3, 3), "up": nn.Linear(3, 3)})
+        return nn.ModuleDict({"base": inner, "head": nn.Linear(3, 3)})
+
+    for targets in (["up"], ["base.base"], ["base.base", "up"]):
+        model = lora.add(build(), targets, r=1, bias="all")
+        biases = {n for n in lora.state_dict(model) if n.endswith("bias")}
+        assert biases == {"base.base.bias", "base.up.bias", "head.bias"}
+
+
+def test_loading_is_strict(lora):
+    model = fill(lora.add(net(), ALL, bias="lora_only"), lora)
+    good = {n: t.clone() + 1 for n, t in lora.state_dict(model).items()}
+    before = snapshot(model)
+    bad = [
+        {},
+        {n: t for n, t in good.items() if n != "proj.lora_B"},
+        {n: t for n, t in good.items() if n != "q_proj.bias"},
+        {**good, "proj.lora_C": torch.zeros(2)},
+        {**good, "proj.lora_A": good["proj.lora_A"].T},
+        {**good, "proj.lora_B": good["proj.lora_B"][:, :1]},
+        {**good, "proj.lora_B": None},
+    ]
+    for tensors in bad:
+        with pytest.raises(ValueError) as error:
+            lora.load_state_dict(model, tensors)
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+    lora.load_state_dict(model, good)
+
+
+def test_adding_twice_is_refused(lora):
+    model = lora.add(net(), ["q_proj"])
+    before = snapshot(model)
+    for targets in (["q_proj"], ["proj"]):
+        with pytest.raises(ValueError, match="already") as error:
+            lora.add(model, targets)
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+    lora.add(lora.merge(model), ["q_proj"])  # once it is merged, it may come again
+
+
+def test_fused_experts_are_refused_by_their_share(lora):
+    moe = dict(**SMALL, num_attention_heads=4, num_key_value_heads=2)
+    for model in (
+        MixtralForCausalLM(MixtralConfig(**moe, num_local_experts=4)),
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**moe, num_experts=4, moe_intermediate_size=32, head_dim=8)
+        ),
+    ):
+        before = snapshot(model)
+        sizes = {n: p.numel() for n, p in model.named_parameters()}
+        fused = sum(k for n, k in sizes.items() if n.endswith(("up_proj", "down_proj")))
+        with pytest.raises(ValueError, match=f"{fused / sum(sizes.values()):.0%}"):
+            lora.add(model, "all-linear")
+        assert_unchanged(model, before)
+        lora.add(model, ["q_proj", "v_proj"])  # by name, the attention can have it
+
+
+# Bad input: one sentence each, and the model as it was
+
+BAD = {
+    "unknown target": dict(targets=["nothing"]),
+    "half-wrong list": dict(targets=["q_proj", "nothing"]),
+    "a target that is no linear": dict(targets=["embed"]),
+    "a linear and a norm": dict(targets=["q_proj", "norm"]),
+    "part of a name": dict(targets=["_proj"]),
+    "an empty name": dict(targets=[""]),
+    "a target that is None": dict(targets=[None]),
+    "a string": dict(targets="q_proj"),
+    "an empty string": dict(targets=""),
+    "an empty list": dict(targets=[]),
+    "None": dict(targets=None),
+    "a number": dict(targets=3),
+    "an iterator, which is spent after one look": dict(targets=iter(["q_proj"])),
+    "r=0": dict(r=0),
+    "r=-1": dict(r=-1),
+    "r=2.5": dict(r=2.5),
+    "r=True": dict(r=True),
+    "r='8'": dict(r="8"),
+    "alpha=0": dict(alpha=0),
+    "alpha=-16": dict(alpha=-16),
+    "alpha=nan": dict(alpha=math.nan),
+    "alpha=inf": dict(alpha=math.inf),
+    "alpha='16'": dict(alpha="16"),
+    "alpha=None": dict(alpha=None),
+    "dropout=-0.1": dict(dropout=-0.1),
+    "dropout=1.0": dict(dropout=1.0),
+    "dropout=nan": dict(dropout=math.nan),
+    "dropout='0.1'": dict(dropout="0.1"),
+    "bias='some'": dict(bias="some"),
+    "bias=True": dict(bias=True),
+    "bias=None": dict(bias=None),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_changes_nothing(case):
+    model = net()
+    model.norm.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as error:
+        reference.add(model, **{"targets": ["q_proj"], **BAD[case]})
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("verb", ["state_dict", "load_state_dict", "merge"])
+def test_the_verbs_say_so_where_there_is_no_lora(verb):
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no LoRA") as error:
+        getattr(reference, verb)(model, *[{}] * (verb == "load_state_dict"))
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+# Packed weights
+
+
+def packed(kind):
+    if kind == "nf4":
+        layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(64, 2)).to("cpu")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_lora_trains_over_a_packed_base_and_merge_refuses_it(kind):
+    torch.manual_seed(0)
+    model = packed(kind)
+    x = torch.randn(3, 64)
+    plain = model(x)
+    reference.add(model, ["0"], r=2)
+    assert model[0].lora_A.dtype == torch.float32 and model[0].lora_B.shape == (64, 2)
+    torch.testing.assert_close(model(x), plain, rtol=0, atol=0)
+    codes = model[0].base.weight.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    for _ in range(2):  # B moves first, then A
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+    assert model[0].lora_A.grad.any() and model[0].lora_B.any()
+    assert torch.equal(model[0].base.weight, codes), "the packed codes moved"
+    with pytest.raises(ValueError, match="packed") as error:
+        reference.merge(model)
+    assert_one_sentence(error)
+    assert isinstance(model[0], reference.LoRALinear)
+
+
+def test_merge_refuses_before_it_touches_the_first_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), packed("nf4"))
+    fill(reference.add(model, ["0", "1.0"], r=2), reference)
+    weight = model[0].base.weight.clone()
+    with pytest.raises(ValueError, match="packed"):
+        reference.merge(model)
+    assert torch.equal(model[0].base.weight, weight), "half the model was merged"
+
+
+# The oracle: peft
+
+
+def bert(kind=BertForSequenceClassification):
+    config = BertConfig(**SMALL, num_attention_heads=4, num_labels=3)
+    return seeded(kind(config))
+
+
+def gpt2():
+    return seeded(
+        GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
+    )
+
+
+def llama():
+    """One key-value head for four query heads, and biases in the attention."""
+    heads = dict(num_attention_heads=4, num_key_value_heads=1, attention_bias=True)
+    return seeded(LlamaForCausalLM(LlamaConfig(**SMALL, **heads)))
+
+
+MODELS = {
+    "tiny-decoder": lambda: zoo.load("tiny-decoder", device="cpu")[0],
+    "bert": bert,
+    "bert-model": lambda: bert(BertModel),
+    "gpt2": gpt2,
+    "llama": llama,
+}
+MODES = {
+    "none": dict(bias="none"),
+    "all": dict(bias="all"),
+    "lora_only": dict(bias="lora_only"),
+    "rslora": dict(bias="none", rslora=True),
+}
+BATCH = dict(
+    input_ids=torch.arange(3, 27).reshape(3, 8),
+    attention_mask=torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3]),
+)
+
+
+def peft_twin(model, targets, r=4, alpha=6, bias="none", rslora=False, **options):
+    """peft's model on a copy of a plain `model`."""
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=targets,
+        bias=bias,
+        use_rslora=rslora,
+        **options,
+    )
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+def plain_names(peft_model):
+    """peft's trainable parameters by our names."""
+    return {
+        n.removeprefix("base_model.model.")
+        .replace(".default.weight", "")
+        .replace(".base_layer.bias", ".bias"): p
+        for n, p in peft_model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def backward(model):
+    """All outputs in a row, and gradients of at most about 1, from one fixed loss."""
+    model.zero_grad()
+    outputs = model(**BATCH).values()
+    row = torch.cat([t.flatten() for t in outputs if torch.is_tensor(t)])
+    (row * torch.cos(torch.arange(len(row)))).sum().div(len(row) ** 0.5).backward()
+    return row.detach()
+
+
+def assert_same(got, want, what):
+    """Equal to 1e-5, and to 1e-5 of the largest where numbers are above 1."""
+    gap, size = (got - want).abs().max(), want.abs().max()
+    assert gap <= 1e-5 * max(1, size), f"{what} differs from peft's by {gap:.1e}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_equal_pefts_before_and_after_training(name, mode):
+    model = MODELS[name]()
+    twin, settings = copy.deepcopy(model), dict(r=4, alpha=6, **MODES[mode])
+    fill(reference.add(model, "all-linear", **settings), reference)
+    ours = reference.state_dict(model, keep_vars=True)
+    paths = [n.removesuffix(".lora_A") for n in ours if n.endswith(".lora_A")]
+    twin = peft_twin(twin, paths, **settings).eval()
+    theirs = plain_names(twin)
+    assert ours.keys() == theirs.keys(), "not the same parameters are trained"
+    with torch.no_grad():
+        for n, p in theirs.items():
+            p.copy_(ours[n])
+    models = {"ours": (model, ours), "peft": (twin, theirs)}
+    optimizers = [
+        torch.optim.SGD(own.values(), lr=0.01, momentum=0.9)
+        for _, own in models.values()
+    ]
+    for step in range(4):
+        assert_same(backward(model), backward(twin), f"step {step}: the output")
+        for n in ours:
+            assert_same(ours[n], theirs[n], f"step {step}: {n}")
+            what = f"step {step}: the gradient of {n}"
+            assert_same(ours[n].grad, theirs[n].grad, what)
+        largest = max(p.grad.abs().max() for p in ours.values())
+        assert 0.05 < largest < 20, f"gradients of {largest:.1g} would prove little"
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["tiny-decoder", "gpt2", "llama", "bert"])
+def test_merged_equals_unmerged_to_1e_5_in_float32(name):
+    model = MODELS[name]()
+    fill(reference.add(model, "all-linear", r=4, alpha=8), reference)
+    with torch.no_grad():
+        wrapped = model(**BATCH)[0]
+        merged = reference.merge(model)(**BATCH)[0]
+    torch.testing.assert_close(merged, wrapped, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_fits_an_encoder_decoder_and_a_two_layer_head():
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    )
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig(**SMALL, num_attention_heads=4)
+    )
+    for model, more in (
+        (t5, dict(decoder_input_ids=BATCH["input_ids"])),
+        (roberta, {}),
+    ):
+        model = seeded(model)
+        plain = model(**BATCH, **more)[0]
+        reference.add(model, "all-linear")
+        same = model(**BATCH, **more)[0]
+        torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
+        names = reference.state_dict(model)
+        assert not any("lm_head" in n or "classifier" in n for n in names)
