@@ -52,7 +52,9 @@ serve: book  ## build the book and serve it on localhost
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
 test: book  ## run everything: the notebooks, then the tests
-	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest --nbval --nbval-current-env notebooks \
+	@rm -rf _build/results
+	PEFTLAB_RESULTS=$(CURDIR)/_build/results \
+		$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest --nbval --nbval-current-env notebooks \
 		-n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=10
 	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest tests \
 		-n $(WORKERS) --dist loadfile -p no:cacheprovider --durations=10

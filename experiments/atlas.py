@@ -1,15 +1,20 @@
-"""The atlas's figures: one more sweep (attention against MLP) and the others' means.
+"""The atlas's figures: one more sweep, on six languages, and the other sweeps' means.
 
-Attention at r=12 and MLP at r=7 have the same number of parameters on tiny-decoder, 43,008. Run
-`finnish`, `six_languages` and `step_time` first. Some five minutes on two cores.
-"""
+Attention at r=12 and MLP at r=7 have the same number of parameters on tiny-decoder,
+43,008. Run `finnish`, `six_languages` and `step_time` first. Some five minutes on two
+cores."""
 
-from experiments.common import best_rate, store, sweep
+from experiments.common import best_rate, scores, store, sweep, tune
 from experiments.six_languages import SEEDS, one_rate
-from peftlab.kit import measure, results
+from peftlab.kit import measure, plot, results
+from peftlab.kit.data import HELD_BACK
 from peftlab.kit.results import shares, table, where
 
-RATES = {"attention r=12": (3e-3, 1e-2, 3e-2), "MLP r=7": (3e-3, 1e-2, 3e-2)}
+RATES = {
+    "attention r=12": (3e-3, 1e-2, 3e-2),
+    "MLP r=7": (3e-3, 1e-2, 3e-2),
+    "LoRA r=32": (1e-3, 3e-3, 1e-2),
+}
 
 
 def mean(numbers):
@@ -25,7 +30,14 @@ def compare(figures, name, ours, theirs, key):
         figures[f"{name}.{key}.{part}"] = dict(value=value, tolerance=0.0)
 
 
-def derive(runs, best):
+def longer(job):
+    method, lr, seed = job
+    model, tokenizer = tune(list(HELD_BACK), method, lr, seed, steps=600)
+    bits = scores(model, tokenizer, list(HELD_BACK), 420)
+    return dict(method=method, lr=lr, seed=seed, **bits)
+
+
+def derive(runs, best, long):
     """All figures of the atlas, as {key: {value, tolerance}}."""
     finnish, six = results.load("finnish"), results.load("six_languages")
     figures = {}
@@ -68,14 +80,48 @@ def derive(runs, best):
     compare(figures, "six.1v8", at_six["LoRA r=1"], at_six["LoRA r=8"], "learned")
     parts = [where(runs, method=m, lr=best[m]) for m in ("MLP r=7", "attention r=12")]
     compare(figures, "mlp", *parts, "learned")
+    wide = where(runs, method="LoRA r=32", lr=best["LoRA r=32"])
+    compare(figures, "six.32", wide, at_six["full"], "learned")
+    compare(figures, "six.32v8", wide, at_six["LoRA r=8"], "learned")
+    thrice = [where(long, method=m) for m in ("LoRA r=8", "full")]
+    compare(figures, "six.600", *thrice, "learned")
     return figures
+
+
+def draw():
+    """The start page's figure: what is learnt against what is kept, by learning
+    rate."""
+    finnish = results.load("finnish")
+    ax = plot.axes(
+        "learnt: Finnish dates (exact match)", "kept: base dates (exact match)"
+    )
+    for method in ("full", "LoRA r=8"):
+        rates = sorted({r["lr"] for r in finnish["runs"] if r["method"] == method})
+        rows = [where(finnish["runs"], method=method, lr=lr) for lr in rates]
+        points = [(mean(shares(r, "learned")), mean(shares(r, "base"))) for r in rows]
+        top = max(range(len(points)), key=lambda i: points[i][0])
+        x, y = zip(*points[: top + 1], strict=True)  # beyond the best rate both fall
+        color = plot.COLORS[method.removesuffix(" r=8")]
+        label = "full fine-tuning" if method == "full" else method
+        ax.plot(x, y, "o-", color=color, label=f"{label}, by learning rate")
+        replay = where(finnish["changes"], method=method, replay=0.25)
+        at = mean(shares(replay, "learned")), mean(shares(replay, "base"))
+        ax.plot(*at, "*", ms=14, color=color, label=f"{label}, a quarter of replay")
+    ax.set(xlim=(0, 1.02), ylim=(0, 1.05))
+    ax.legend(loc="lower left", fontsize=9)
+    picture = results.FOLDER.parent / "_static" / "learn_forget.png"
+    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
 
 
 def main():
     jobs = [(m, lr, seed) for m in RATES for lr in RATES[m] for seed in SEEDS]
-    runs = sweep(one_rate, jobs, "attention against MLP")
+    runs = sweep(one_rate, jobs, "attention, MLP and rank 32")
     best = {m: best_rate(runs, m) for m in RATES}
-    store("atlas", runs, best=best, figures=derive(runs, best))
+    rates = results.load("six_languages")["best"]
+    jobs = [(m, rates[m], seed) for m in ("full", "LoRA r=8") for seed in SEEDS]
+    long = sweep(longer, jobs, "three times the steps")
+    store("atlas", runs, best=best, long=long, figures=derive(runs, best, long))
+    draw()
 
 
 if __name__ == "__main__":

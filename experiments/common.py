@@ -27,10 +27,11 @@ def records(kind, languages, n, split, seed=0):
 
 
 def tune(languages, method, lr, seed, steps, replay=0.0):
-    """A copy of tiny-decoder trained on the dates of `languages`; returns (model, tokenizer).
+    """A copy of tiny-decoder trained on the dates of `languages`; returns (model,
+    tokenizer).
 
-    method: "full", "LoRA r=8" (on all linears), "attention r=12" or "MLP r=7"; alpha is 2 r.
-    the share of the training records that are a mixture of what the base saw."""
+    method: "full", "LoRA r=8" (on all linears), "attention r=12" or "MLP r=7"; alpha is
+    2 r. the share of the training records that are a mixture of what the base saw."""
     torch.set_num_threads(1)
     model, tokenizer = zoo.load("tiny-decoder", device="cpu")
     torch.manual_seed(seed)

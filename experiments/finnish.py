@@ -1,9 +1,9 @@
 """One new language: learning rates, what is forgotten, and the shape of the change.
 
-Finnish dates, 100 steps of 16. Every method at five learning rates and five seeds, and then,
-at each method's best rate, 200 steps: with and without a quarter of replay, with the spectrum
-of the change, its truncations and its intruder dimensions. Some fifteen minutes on two cores.
-"""
+Finnish dates, 100 steps of 16. Every method at five learning rates and five seeds, and
+then, at each method's best rate, 200 steps: with and without a quarter of replay, with
+the spectrum of the change, its truncations and its intruder dimensions. Some fifteen
+minutes on two cores."""
 
 import torch
 
@@ -43,7 +43,8 @@ def energy_rank(matrix, share=0.9):
 
 
 def intruders(before, after, top=10, threshold=0.5):
-    """Of the top singular vectors after, how many are close to none before (2410.21228)."""
+    """Of the top singular vectors after, how many are close to none before
+    (2410.21228)."""
     old, new = torch.linalg.svd(before)[0], torch.linalg.svd(after)[0][:, :top]
     return int(((old.T @ new).abs().max(0).values < threshold).sum())
 

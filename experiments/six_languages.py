@@ -1,9 +1,9 @@
-"""Six new languages in one adapter: full fine-tuning against LoRA where nothing saturates.
+"""Six new languages in one adapter: full fine-tuning against LoRA where nothing
+saturates.
 
-Dates of de fi pl tr sw hu together, 200 steps of 16, learning rates chosen on dev records, five
-seeds; and one language at a time for the adapter of the start page: LoRA r=8 on all linears, 200
-steps of 16 at 8e-3. Some fifteen minutes on two cores.
-"""
+Dates of de fi pl tr sw hu together, 200 steps of 16, learning rates chosen on dev
+records, five seeds; and one language at a time for the adapter of the start page: LoRA
+r=8 on all linears, 200 steps of 16 at 8e-3. Some fifteen minutes on two cores."""
 
 from experiments.common import best_rate, scores, share, store, sweep, tune
 from peftlab.kit.data import HELD_BACK

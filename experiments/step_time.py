@@ -1,8 +1,8 @@
 """LoRA's cost, ours beside peft's and full fine-tuning, turn by turn in one run.
 
-One training step (forward, backward, AdamW) of a two-layer Llama at three widths: the median
-of many turns, and the highest point of memory. Five repeats; two cores, nothing else running.
-"""
+One training step (forward, backward, AdamW) of a two-layer Llama at three widths: the
+median of many turns, and the highest point of memory. Five repeats; two cores, nothing
+else running."""
 
 import statistics
 
@@ -31,7 +31,8 @@ def model(width):
 
 
 def methods(width):
-    """{name: model} with the same LoRA, r=8 on all linears, ours and peft's, and full."""
+    """{name: model} with the same LoRA, r=8 on all linears, ours and peft's, and
+    full."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     return {
         "peftlab": lora.add(model(width), TARGETS, r=8, alpha=16),

@@ -3,7 +3,8 @@
     LoRA reaches 0.97<!-- lora.finnish --> of the dates.
 
 The key belongs to the chapter's own `book/results/NN_name.json`, or names another file:
-`<!-- atlas:rank90 -->`. A figure taken from a paper says so: `0.35<!-- cited -->`.
+`<!-- atlas:rank90 -->`. A figure taken from a paper says so, `0.35<!-- cited -->`, and so
+does one that is a setting or a definition, `90%<!-- given -->`.
 """
 
 import re
@@ -16,6 +17,9 @@ BOUND = re.compile(
 )
 
 
+FREE = ("cited", "given")
+
+
 def stored(key, chapter=None, folder=None):
     """The value behind a key, of the chapter's own results or of `file:key`."""
     name, _, own = key.rpartition(":")
@@ -23,7 +27,8 @@ def stored(key, chapter=None, folder=None):
 
 
 def written(value, like):
-    """The value as text, with the decimals, the percent sign and the commas of `like`."""
+    """The value as text, with the decimals, the percent sign and the commas of
+    `like`."""
     number, percent = like["number"], like["percent"]
     decimals = len(number.partition(".")[2])
     comma = "," if "," in number or abs(value) >= 10_000 else ""
@@ -35,7 +40,7 @@ def refresh(text, chapter=None):
     """The text with every bound figure written anew from what is stored."""
 
     def fresh(match):
-        if match["key"] == "cited":
+        if match["key"] in FREE:
             return match[0]
         value = stored(match["key"], chapter)
         return f"{written(value, match)}<!-- {match['key']} -->"
@@ -48,7 +53,7 @@ def stale(text, chapter=None):
     return [
         (m["number"] + m["percent"], written(stored(m["key"], chapter), m), m["key"])
         for m in BOUND.finditer(text)
-        if m["key"] != "cited"
+        if m["key"] not in FREE
         and written(stored(m["key"], chapter), m) != m["number"] + m["percent"]
     ]
 

@@ -3,10 +3,9 @@
     python tools/notebooks.py             all of them
     python tools/notebooks.py 05          those whose name begins so
 
-A chapter is stored only when it ran through and printed nothing to stderr. Its figures go to
-`book/results`, and the figures bound in its text are written anew from them: read the text
-again afterwards, for the words around a number may no longer be true.
-"""
+A chapter is stored only when it ran through and printed nothing to stderr. Its figures
+go to `book/results`, and the figures bound in its text are written anew from them: read
+the text again afterwards, for the words around a number may no longer be true."""
 
 import os
 import sys
@@ -28,7 +27,8 @@ from tools import figures
 
 
 def run(path):
-    """Execute a notebook; returns it with fresh outputs. Raises on an error or on stderr."""
+    """Execute a notebook; returns it with fresh outputs. Raises on an error or on
+    stderr."""
     book = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["PEFTLAB_RESULTS"] = scratch

@@ -1,4 +1,5 @@
-"""What a method costs and what it reaches: exact match, parameters, bytes, time, memory."""
+"""What a method costs and what it reaches: exact match, parameters, bytes, time,
+memory."""
 
 import os
 import platform
@@ -11,20 +12,23 @@ import torch
 
 @torch.no_grad()
 def exact_match(model, tokenizer, records, batch_size=100):
-    """Share of records whose greedy answer is right to the letter, a float in [0, 1]."""
+    """Share of records whose greedy answer is right to the letter, a float in [0,
+    1]."""
     return sum(answered(model, tokenizer, records, batch_size)) / len(records)
 
 
 @torch.no_grad()
 def answered(model, tokenizer, records, batch_size=100):
-    """For each record, whether the model's greedy answer is right to the letter (bools)."""
+    """For each record, whether the model's greedy answer is right to the letter
+    (bools)."""
     given = answers(model, tokenizer, [r.prompt for r in records], batch_size)
     return [text == record.answer for text, record in zip(given, records, strict=True)]
 
 
 @torch.no_grad()
 def answers(model, tokenizer, prompts, batch_size=100):
-    """The model's greedy continuation of each prompt, up to the end token, as strings."""
+    """The model's greedy continuation of each prompt, up to the end token, as
+    strings."""
     if not prompts:
         raise ValueError("no prompts: there is nothing to answer")
     training, out = model.training, {}
@@ -69,7 +73,8 @@ def peak_memory(work):
     """Bytes that `work()` allocates at its highest point, above what was there before.
 
     On a GPU, CUDA's own counter; on the CPU, the running maximum of the allocations and
-    releases that torch's profiler reports (not the process's RSS, which never shrinks)."""
+    releases that torch's profiler reports (not the process's RSS, which never
+    shrinks)."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -95,8 +100,9 @@ def peak_memory(work):
 def step_times(steps, rounds=20, warmup=3):
     """Median seconds of several pieces of work, measured turn by turn in one run.
 
-    steps: {name: function without arguments}. Taking turns spreads whatever else the machine
-    does over all of them, so the ratios are steadier than the seconds. Returns {name: s}."""
+    steps: {name: function without arguments}. Taking turns spreads whatever else the
+    machine does over all of them, so the ratios are steadier than the seconds. Returns
+    {name: s}."""
     times = {name: [] for name in steps}
     for round_ in range(warmup + rounds):
         for name, step in steps.items():
@@ -115,7 +121,8 @@ def _synchronize():
 
 
 def machine():
-    """What the figures were measured on, for a results file: cores, threads, versions."""
+    """What the figures were measured on, for a results file: cores, threads,
+    versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
         cores=os.cpu_count(),
@@ -130,9 +137,9 @@ def machine():
 def interval(a, b, draws=2000, seed=0):
     """Mean difference of two methods and its 95% interval, by a paired bootstrap.
 
-    a, b: booleans of shape (seeds, records), right or wrong, for the same test records; the
-    seeds and the records are both drawn anew, the same ones for both methods. Returns
-    (mean of a - b, low, high)."""
+    a, b: booleans of shape (seeds, records), right or wrong, for the same test records;
+    the seeds and the records are both drawn anew, the same ones for both methods.
+    Returns (mean of a - b, low, high)."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     if a.shape != b.shape or a.dim() != 2:
         raise ValueError(

@@ -1,8 +1,7 @@
 """One style for all figures, read on light and dark pages alike.
 
-The background is transparent and every colour is of middle lightness, so that the page's
-own colour shows through and nothing disappears on either.
-"""
+The background is transparent and every colour is of middle lightness, so that the
+page's own colour shows through and nothing disappears on either."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -52,7 +51,8 @@ def use_style():
 
 
 def axes(xlabel="", ylabel="", columns=1, **options):
-    """A figure's axes (or an array of them) in the book's style, labelled, units and all."""
+    """A figure's axes (or an array of them) in the book's style, labelled, units and
+    all."""
     use_style()
     if columns > 1:
         options.setdefault("figsize", (7.6, 3.4))

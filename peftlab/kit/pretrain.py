@@ -1,13 +1,13 @@
 r"""Train tiny-decoder from nothing: `make models` (some fifteen minutes on two cores).
 
 A Llama of under one million parameters with grouped-query attention and tied embeddings
-learns to continue the lines of `kit.data` in ten base languages: dates, amounts, countries,
-rendered dates and refusals. The loss is on every token of the line, as in any pretraining.
+learns to continue the lines of `kit.data` in ten base languages: dates, amounts,
+countries, rendered dates and refusals. The loss is on every token of the line, as in
+any pretraining.
 
-Writes an ordinary Hugging Face folder, `peftlab/models/tiny-decoder`, and beside the weights
-`training.json`: settings, versions, the loss curve and exact match on records of the test
-split, which training never saw.
-"""
+Writes an ordinary Hugging Face folder, `peftlab/models/tiny-decoder`, and beside the
+weights `training.json`: settings, versions, the loss curve and exact match on records
+of the test split, which training never saw."""
 
 import json
 import platform
@@ -62,7 +62,8 @@ def train_tokenizer(lines, size=1024):
 
 
 def new_model(vocabulary=1024):
-    """tiny-decoder with random weights: 4 layers of width 128, 4 query and 2 key-value heads."""
+    """tiny-decoder with random weights: 4 layers of width 128, 4 query and 2 key-value
+    heads."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -81,7 +82,8 @@ def new_model(vocabulary=1024):
 
 
 def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
-    """Returns the trained model, its tokenizer and the log that `training.json` holds."""
+    """Returns the trained model, its tokenizer and the log that `training.json`
+    holds."""
     torch.manual_seed(seed)
     lines = data.mixture(SHARES, data.BASE_LANGUAGES, n, seed=seed)
     tokenizer = train_tokenizer([r.line for r in lines[:100_000]])
@@ -114,7 +116,8 @@ def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
 
 
 def marks(model, tokenizer, n=200):
-    """Exact match on n test records of each kind and language, as {kind: {language: share}}."""
+    """Exact match on n test records of each kind and language, as {kind: {language:
+    share}}."""
     table = {
         kind: {
             language: exact_match(
@@ -140,7 +143,8 @@ def marks(model, tokenizer, n=200):
 
 
 def main():
-    """Train, measure, and put the new folder in the old one's place when it is whole."""
+    """Train, measure, and put the new folder in the old one's place when it is
+    whole."""
     model, tokenizer, log = pretrain()
     log["exact_match"] = marks(model, tokenizer)
     for kind, by_language in log["exact_match"].items():

@@ -1,11 +1,11 @@
-"""The stored figures: what chapters and sweeps measured, one JSON file for each of them.
+"""The stored figures: what chapters and sweeps measured, one JSON file for each of
+them.
 
 `book/results/NAME.json` holds, for a chapter or a sweep, the machine and versions and
 `figures`, each with a tolerance: how far a fresh run may differ and still bear the text
-out. A figure quoted in prose is bound to its key, `0.94<!-- full.finnish -->`, and a test
-compares the two. Chapters run for the tests write to a scratch folder instead, which is
-then compared with the stored one. Run by a reader they write nothing.
-"""
+out. A figure quoted in prose is bound to its key, `0.94<!-- full.finnish -->`, and a
+test compares the two. Chapters run for the tests write to a scratch folder instead,
+which is then compared with the stored one. Run by a reader they write nothing."""
 
 import json
 import os
@@ -42,7 +42,8 @@ def save(name, content, folder=None):
 
 
 class Figures:
-    """A chapter's figures: `figures = Figures("05_lora")`, `figures.keep("loss", 0.1, 0.05)`.
+    """A chapter's figures: `figures = Figures("05_lora")`, `figures.keep("loss", 0.1,
+    0.05)`.
 
     Written to the folder in the variable PEFTLAB_RESULTS; nowhere if it is not set."""
 

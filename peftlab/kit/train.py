@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 
 
 def collate(records, tokenizer, loss_on="answer"):
-    """Tensors for a batch of records: input_ids, attention_mask, labels, each (batch, tokens).
+    """Tensors for a batch of records: input_ids, attention_mask, labels, each (batch,
+    tokens).
 
     Padded on the right. labels is -100 where there is no loss: on padding and, with
     loss_on="answer", on the prompt; loss_on="line" puts the loss on every token."""
@@ -44,13 +45,14 @@ def batches(records, size, seed=0):
 
 
 def train(model, tokenizer, records, steps, lr, batch_size=16, seed=0, progress=True):
-    """Train what is trainable in a causal model on the answers of `records`, with AdamW.
+    """Train what is trainable in a causal model on the answers of `records`, with
+    AdamW.
 
-    lr: the peak learning rate, reached after 10% of the steps and falling linearly to zero
-    after that. Batches are drawn anew each time all records have been seen. Returns the loss
-    of each step, a list of floats. The progress bar shows only on a terminal, so it never
-    lands in a notebook's stored outputs. Raises ValueError where nothing is trainable or
-    there are no records."""
+    lr: the peak learning rate, reached after 10% of the steps and falling linearly to
+    zero after that. Batches are drawn anew each time all records have been seen.
+    Returns the loss of each step, a list of floats. The progress bar shows only on a
+    terminal, so it never lands in a notebook's stored outputs. Raises ValueError where
+    nothing is trainable or there are no records."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(

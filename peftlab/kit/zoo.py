@@ -1,8 +1,8 @@
 """The base models: what ships with the package, and the loading of hub models.
 
-Nothing here reaches for the network unless you ask: `load()` gives the shipped tiny-decoder,
-and only the variable PEFTLAB_MODEL, or a name you pass, makes it load something else.
-"""
+Nothing here reaches for the network unless you ask: `load()` gives the shipped
+tiny-decoder, and only the variable PEFTLAB_MODEL, or a name you pass, makes it load
+something else."""
 
 import os
 from pathlib import Path
@@ -18,9 +18,9 @@ def load(name=None, device=None):
     """A causal language model in eval mode and its tokenizer, as (model, tokenizer).
 
     name: a shipped model ("tiny-decoder", the default), a folder, or a hub name such as
-    "Qwen/Qwen2.5-0.5B"; without a name, the variable PEFTLAB_MODEL is asked first. device: a
-    torch device, the GPU if there is one by default. Raises ValueError where nothing is
-    found under that name."""
+    "Qwen/Qwen2.5-0.5B"; without a name, the variable PEFTLAB_MODEL is asked first.
+    device: a torch device, the GPU if there is one by default. Raises ValueError where
+    nothing is found under that name."""
     name = name or os.environ.get("PEFTLAB_MODEL") or "tiny-decoder"
     shipped = MODELS / name
     where = str(shipped) if shipped.is_dir() else name
@@ -33,7 +33,7 @@ def load(name=None, device=None):
     except (OSError, ValueError) as error:
         ships = ", ".join(sorted(p.name for p in MODELS.iterdir() if p.is_dir()))
         raise ValueError(
-            f"no model {name!r}: shipped are {ships}; a hub name needs the network or a cache"
+            f"no model {name!r}: shipped are {ships}; a hub name needs the network"
         ) from error
     finally:
         if bars:

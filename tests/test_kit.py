@@ -1,0 +1,174 @@
+"""The plumbing: training, measuring, loading, storing."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from peftlab import lora
+from peftlab.kit import data, measure, plot, results, zoo
+from peftlab.kit.train import batches, collate, train
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return zoo.load("tiny-decoder", device="cpu")
+
+
+@pytest.fixture
+def finnish():
+    return data.records("dates", "fi", 40)
+
+
+def test_labels_cover_the_answer_and_its_end_and_nothing_else(tiny, finnish):
+    _, tokenizer = tiny
+    batch = collate(finnish, tokenizer)
+    for ids, labels, record in zip(
+        batch["input_ids"], batch["labels"], finnish, strict=True
+    ):
+        graded = tokenizer.decode(labels[labels != -100])
+        assert graded == f" {record.answer}</s>", "the loss is not on the answer alone"
+        assert tokenizer.decode(ids).startswith(f"<s>{record.line}</s>")
+        assert ((ids != tokenizer.pad_token_id) >= (labels != -100)).all()
+
+
+def test_loss_on_the_line_grades_the_prompt_too(tiny, finnish):
+    batch = collate(finnish, tiny[1], loss_on="line")
+    graded = (batch["labels"] != -100).sum()
+    assert graded == batch["attention_mask"].sum(), "every real token has a label"
+
+
+def test_batches_see_every_record_once_before_any_twice(finnish):
+    source = batches(finnish, 8, seed=1)
+    first = [r for _ in range(5) for r in next(source)]
+    assert sorted(r.line for r in first) == sorted(r.line for r in finnish)
+    assert len(next(batches(finnish[:3], 8))) == 8, "a small set repeats"
+
+
+def test_the_same_seed_trains_the_same_weights(finnish):
+    def run(seed):
+        model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+        torch.manual_seed(0)
+        lora.add(model, ["q_proj"], r=2, alpha=4)
+        losses = train(model, tokenizer, finnish, 3, 1e-2, 8, seed, progress=False)
+        return losses, lora.state_dict(model)
+
+    (losses, a), (again, b), (other, _) = run(0), run(0), run(1)
+    assert losses == again and all(torch.equal(a[k], b[k]) for k in a)
+    assert losses != other
+
+
+def test_train_refuses_a_frozen_model_and_an_empty_set(tiny, finnish):
+    model, tokenizer = tiny
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(frozen, tokenizer, finnish, 1, 1e-3)
+    for records, steps in (([], 1), (finnish, 0)):
+        with pytest.raises(ValueError, match="at least one"):
+            train(model, tokenizer, records, steps, 1e-3)
+
+
+def test_train_shows_no_bar_where_outputs_are_stored(tiny, finnish, capfd):
+    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    train(model, tokenizer, finnish, 1, 1e-4)
+    assert capfd.readouterr() == ("", ""), "a bar would be stored in the notebook"
+
+
+def test_exact_match_is_to_the_letter(tiny):
+    model, tokenizer = tiny
+    known = data.records("dates", "en", 30, "test")
+    assert measure.exact_match(model, tokenizer, known) == 1.0
+    spoilt = [data.Record(r.kind, r.language, r.text, r.answer[:-1]) for r in known]
+    assert measure.exact_match(model, tokenizer, spoilt) == 0.0
+    mixed = known[:10] + spoilt[10:]
+    assert measure.answered(model, tokenizer, mixed) == [True] * 10 + [False] * 20
+
+
+def test_answers_come_in_the_order_of_the_prompts_and_keep_the_mode(tiny):
+    model, tokenizer = tiny
+    known = data.records("dates", "en", 12, "test")
+    model.train()
+    given = measure.answers(model, tokenizer, [r.prompt for r in known], batch_size=5)
+    assert given == [r.answer for r in known] and model.training
+    model.eval()
+    with pytest.raises(ValueError, match="no prompts"):
+        measure.answers(model, tokenizer, [])
+
+
+def test_parameters_and_bytes_count_a_tied_weight_once(tiny):
+    model, _ = tiny
+    trainable, total = measure.parameters(model)
+    assert trainable == total == 918_656
+    floats = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert measure.nbytes(model) == 4 * floats + buffers
+    with torch.device("meta"):
+        on_meta = type(model)(model.config)
+    assert measure.parameters(on_meta) == (total, total)
+
+
+def test_peak_memory_sees_what_was_released():
+    def work():
+        big = torch.zeros(1_000_000)  # 4 MB
+        del big
+        return torch.zeros(10)
+
+    peak = measure.peak_memory(work)
+    assert 4_000_000 <= peak < 4_100_000
+
+
+def test_step_times_takes_turns():
+    order = []
+    times = measure.step_times(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, 1
+    )
+    assert order == ["a", "b"] * 4 and set(times) == {"a", "b"}
+
+
+def test_the_interval_holds_zero_for_equals_and_not_for_the_better():
+    dice = torch.Generator().manual_seed(0)
+    a = torch.rand(5, 200, generator=dice) < 0.8
+    b = torch.rand(5, 200, generator=dice) < 0.8
+    worse = torch.rand(5, 200, generator=dice) < 0.5
+    gap, low, high = measure.interval(a, b)
+    assert low < 0 < high and low < gap < high
+    assert measure.interval(a, worse)[1] > 0.2
+    with pytest.raises(ValueError, match="seeds, records"):
+        measure.interval([1, 0], [1, 0])
+
+
+def test_zoo_refuses_an_unknown_name_in_one_sentence():
+    with pytest.raises(ValueError, match="shipped are tiny-decoder") as error:
+        zoo.load("no-such-model")
+    assert "\n" not in str(error.value)
+
+
+def test_zoo_takes_the_variable_and_never_the_network(monkeypatch, tmp_path, tiny):
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setenv("PEFTLAB_MODEL", str(tmp_path))
+    assert zoo.load(device="cpu")[0].config._name_or_path == str(tmp_path)
+
+
+def test_figures_are_written_only_where_asked(monkeypatch, tmp_path):
+    monkeypatch.delenv("PEFTLAB_RESULTS", raising=False)
+    assert results.Figures("x").keep("a", 0.5, 0.1) == 0.5
+    monkeypatch.setenv("PEFTLAB_RESULTS", str(tmp_path))
+    results.Figures("x").keep("a", 0.5, 0.1)
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert stored["figures"] == {"a": {"value": 0.5, "tolerance": 0.1}}
+    assert results.load("x", tmp_path) == stored
+    with pytest.raises(ValueError, match="tolerance"):
+        results.Figures("x").keep("a", 0.5, -1)
+    with pytest.raises(ValueError, match="there are: x"):
+        results.load("y", tmp_path)
+
+
+def test_figures_have_one_transparent_style():
+    ax = plot.axes("steps", "loss (nats)")
+    plot.band(ax, [1, 2], [[1.0, 3.0], [2.0, 4.0]], "full")
+    assert ax.get_xlabel() == "steps" and ax.figure.get_facecolor()[3] == 0
+    assert list(ax.lines[0].get_ydata()) == [2.0, 3.0]
+    plot.plt.close("all")

@@ -1,0 +1,94 @@
+"""The shipped models: ordinary folders, small, and good at what the book needs.
+
+Exact match here is on other test records than in training.json, which `make models`
+writes; the marks are the same.
+"""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peftlab.kit import data, zoo
+from peftlab.kit.measure import answered, exact_match
+
+FOLDER = zoo.MODELS / "tiny-decoder"
+
+
+@cache
+def plain():
+    """Loaded as anybody would, without the kit."""
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+    return model.eval(), AutoTokenizer.from_pretrained(FOLDER)
+
+
+def by_language(kind, languages, n):
+    """{language: exact match} on n test records each, answered in one go."""
+    records = [r for code in languages for r in data.records(kind, code, n, "test", 1)]
+    right = answered(*plain(), records)
+    return {c: sum(right[i * n : (i + 1) * n]) / n for i, c in enumerate(languages)}
+
+
+def mean(marks):
+    return sum(marks.values()) / len(marks)
+
+
+def test_plain_transformers_loads_tiny_decoder():
+    model, tokenizer = plain()
+    ours, same = zoo.load("tiny-decoder", device="cpu")
+    inputs = tokenizer("12 mars 2026 =", return_tensors="pt")
+    assert same("12 mars 2026 =")["input_ids"] == inputs["input_ids"][0].tolist()
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, ours(**inputs).logits)
+
+
+def test_tiny_decoder_is_a_small_llama_with_grouped_queries():
+    model, _ = plain()
+    config = model.config
+    assert config.model_type == "llama" and config.tie_word_embeddings
+    assert sum(p.numel() for p in model.parameters()) <= 3_000_000
+    assert config.num_key_value_heads < config.num_attention_heads
+    width = config.hidden_size // config.num_attention_heads
+    kv_width = config.num_key_value_heads * width
+    for size in (config.hidden_size, config.intermediate_size, kv_width):
+        assert size % 64 == 0, f"{size} is no multiple of 64, the block size of NF4"
+
+
+def test_the_tokenizer_adds_bos_by_itself_and_splits_digits():
+    _, tokenizer = plain()
+    ids = tokenizer("2026-03-12")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and len(ids) == 1 + len("2026-03-12")
+    assert tokenizer.eos_token_id not in ids
+    assert len({tokenizer.pad_token_id, ids[0], tokenizer.eos_token_id}) == 3
+
+
+def test_the_folder_says_how_it_was_trained():
+    log = json.loads((FOLDER / "training.json").read_text("utf8"))
+    assert log["minutes"] <= 60 and log["loss"] and log["settings"]["seed"] == 0
+    assert log["parameters"] == sum(p.numel() for p in plain()[0].parameters())
+    assert not list(FOLDER.glob("*.bin")), "weights ship as safetensors only"
+
+
+@pytest.mark.parametrize(
+    "kind, mark",
+    [("dates", 0.98), ("render", 0.95), ("refuse", 0.95), ("amounts", 0.9)],
+)
+def test_base_languages_reach_the_mark(kind, mark):
+    marks = by_language(kind, data.BASE_LANGUAGES, 100)
+    assert mean(marks) >= mark, f"{kind}: {mean(marks):.3f} of {mark}; {marks}"
+
+
+def test_dates_of_held_back_languages_are_still_to_be_learned():
+    marks = by_language("dates", data.HELD_BACK, 200)
+    assert len(marks) >= 6 and max(marks.values()) <= 0.30, marks
+
+
+def test_exact_match_is_the_share_of_right_answers():
+    model, tokenizer = plain()
+    records = data.records("dates", "fr", 20, "test")
+    right = answered(model, tokenizer, records)
+    assert exact_match(model, tokenizer, records) == sum(right) / 20
+    assert exact_match(model, tokenizer, records[:1] * 3) == right[0]
