@@ -26,7 +26,7 @@ def records(kind, languages, n, split, seed=0):
     return [r for where in languages for r in data.records(kind, where, n, split, seed)]
 
 
-def tune(languages, method, lr, seed, steps, replay=0.0):
+def tune(languages, method, lr, seed, steps, replay=0.0, batch=16):
     """A copy of tiny-decoder trained on the dates of `languages`; returns (model,
     tokenizer).
 
@@ -44,7 +44,7 @@ def tune(languages, method, lr, seed, steps, replay=0.0):
 
         n = round(len(lines) * replay / (1 - replay))
         lines += data.mixture(SHARES, BASES, n, "train", seed)
-    train(model, tokenizer, lines, steps, lr, seed=seed, progress=False)
+    train(model, tokenizer, lines, steps, lr, batch, seed, progress=False)
     return model, tokenizer
 
 

@@ -144,12 +144,14 @@ def test_zoo_refuses_an_unknown_name_in_one_sentence():
     assert "\n" not in str(error.value)
 
 
-def test_zoo_takes_the_variable_and_never_the_network(monkeypatch, tmp_path, tiny):
+def test_zoo_loads_any_hugging_face_folder(tmp_path, tiny):
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setenv("PEFTLAB_MODEL", str(tmp_path))
-    assert zoo.load(device="cpu")[0].config._name_or_path == str(tmp_path)
+    again, words = zoo.load(str(tmp_path), device="cpu")
+    assert again.config._name_or_path == str(tmp_path) and not again.training
+    ids = words("12 mars 2026 =", return_tensors="pt")
+    assert torch.equal(again(**ids).logits, model(**ids).logits)
 
 
 def test_figures_are_written_only_where_asked(monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ def batches(records, size, seed=0):
         queue = queue[size:]
 
 
-def train(model, tokenizer, records, steps, lr, batch_size=16, seed=0, progress=True):
+def train(model, tokenizer, records, steps, lr, batch_size=20, seed=0, progress=True):
     """Train what is trainable in a causal model on the answers of `records`, with
     AdamW.
 

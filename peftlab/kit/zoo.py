@@ -1,10 +1,8 @@
 """The base models: what ships with the package, and the loading of hub models.
 
 Nothing here reaches for the network unless you ask: `load()` gives the shipped
-tiny-decoder, and only the variable PEFTLAB_MODEL, or a name you pass, makes it load
-something else."""
+tiny-decoder, and only a name that you pass makes it load something else."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,14 +12,12 @@ from transformers.utils import logging
 MODELS = Path(__file__).parents[1] / "models"
 
 
-def load(name=None, device=None):
+def load(name="tiny-decoder", device=None):
     """A causal language model in eval mode and its tokenizer, as (model, tokenizer).
 
-    name: a shipped model ("tiny-decoder", the default), a folder, or a hub name such as
-    "Qwen/Qwen2.5-0.5B"; without a name, the variable PEFTLAB_MODEL is asked first.
-    device: a torch device, the GPU if there is one by default. Raises ValueError where
-    nothing is found under that name."""
-    name = name or os.environ.get("PEFTLAB_MODEL") or "tiny-decoder"
+    name: a shipped model, a folder, or a hub name such as "Qwen/Qwen2.5-0.5B". device:
+    a torch device, by default the GPU if there is one. Raises ValueError where nothing
+    is found under that name."""
     shipped = MODELS / name
     where = str(shipped) if shipped.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

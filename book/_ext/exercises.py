@@ -1,0 +1,190 @@
+"""The exercises, as the chapters hold them, and ``{exercises}``: the tables of them.
+
+A chapter's notebook is the one source. The cell that holds the solution carries the
+exercise in its metadata (`peftlab.exercise`), the check is the cell whose grade_id is
+the exercise's with "-check" added, and the wrong answers that the check must reject are
+published in book/wrong_answers, one file for a chapter.
+
+Read by tools/student.py and tests/test_exercises.py too. Nothing is executed here: the
+message that a wrong answer meets is read off the check's `assert`.
+"""
+
+import ast
+import json
+import posixpath
+import re
+from html import escape
+from pathlib import Path
+
+import yaml
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+NOTEBOOKS = "notebooks"
+WRONG_ANSWERS = "book/wrong_answers"
+SETUP = "exercise-setup"  # the tag of the cells that the exercises stand on
+HEADING = re.compile(r"^### Exercise (\S+) · (.+?)\s*$", re.M)
+GRADED = {"auto": "its check", "rubric": "hand, by the rubric"}
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def role(cell):
+    """What nbgrader makes of a cell: "solution", "check", "answer" or None.
+
+    An answer is written text: the student's cell and the graded one in one."""
+    meta = cell["metadata"].get("nbgrader", {})
+    kinds = {(True, False): "solution", (False, True): "check", (True, True): "answer"}
+    return kinds.get((bool(meta.get("solution")), bool(meta.get("grade"))))
+
+
+def grade_id(cell):
+    return cell["metadata"]["nbgrader"]["grade_id"]
+
+
+def setup_cells(book):
+    """The cells that every exercise of a chapter stands on, in order."""
+    return [c for c in book["cells"] if SETUP in c["metadata"].get("tags", ())]
+
+
+def exercises(book):
+    """The exercises of a notebook, in order: the metadata of each, and its cells.
+
+    `solution` is the cell that the student fills, `check` the one that judges it, None
+    for an exercise graded by hand; `heading` is the heading of its task, or None."""
+    checks = {grade_id(c): c for c in book["cells"] if role(c) == "check"}
+    text = (source(c) for c in book["cells"] if c["cell_type"] == "markdown")
+    headings = {m[1]: m for t in text for m in HEADING.finditer(t)}
+    found = []
+    for cell in book["cells"]:
+        meta = cell["metadata"].get("peftlab", {}).get("exercise")
+        if meta is not None:
+            heading = headings.get(meta.get("id"))
+            check = checks.get(f"{meta.get('id')}-check")
+            found.append(
+                dict(meta, solution=cell, check=check)
+                | dict(heading=heading and heading[0].lstrip("# ").strip())
+            )
+    return found
+
+
+def wrong_answers(root, chapter):
+    """The published wrong answers of a chapter: exercise, mistake, code, message."""
+    path = Path(root, WRONG_ANSWERS, f"{chapter}.yml")
+    return (yaml.safe_load(path.read_text("utf8")) or []) if path.is_file() else []
+
+
+def messages(check):
+    """The messages of a check's asserts, in order; "…" where a value is put in."""
+    found = []
+    for node in ast.walk(ast.parse(check)):
+        text = None
+        if isinstance(node, ast.Assert):
+            text = node.msg
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            text = next(iter(node.exc.args), None)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str):
+            found.append((node.lineno, text.value))
+        elif isinstance(text, ast.JoinedStr):
+            parts = (
+                v.value if isinstance(v, ast.Constant) else "…" for v in text.values
+            )
+            found.append((node.lineno, "".join(parts)))
+    return [text for _, text in sorted(found)]
+
+
+def message(check, pattern):
+    """The first message of a check that a wrong answer's pattern matches, or None."""
+    return next((m for m in messages(check) if re.search(pattern, m)), None)
+
+
+def plural(count, word):
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def literal(text):
+    """Markdown that shows a text as it stands; code in backticks stays code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"([\\*_\[\]<>$|{}#~])", r"\\\1", p) for p in parts[::2]]
+    return "".join(parts)
+
+
+def notes(exercise, wrong):
+    """The Markdown of an exercise's rubric and wrong answers, for the instructor."""
+    lines = [f"- {point}" for point in exercise.get("rubric", ())]
+    for answer in wrong:
+        check = exercise["check"]
+        met = check and message(source(check), answer["message"])
+        met = f"“{literal(met)}”" if met else f"a message with `{answer['message']}`"
+        lines += ["", f"*{answer['mistake'].strip()}* meets: {met}", ""]
+        lines += ["```python", *answer["code"].rstrip().splitlines(), "```"]
+    return lines
+
+
+def slug(heading):
+    """The anchor that MyST and GitHub give to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def chapter_page(book, link, wrong):
+    """The Markdown of one chapter's part of the page."""
+    every = exercises(book)
+    text = "\n".join(source(c) for c in book["cells"] if c["cell_type"] == "markdown")
+    title = re.search(r"^# +(.+)", text, re.M)
+    title = title[1] if title else posixpath.basename(link)
+    counts = [plural(len(every), "exercise")]
+    counts += [plural(sum(e[k] for e in every), k[:-1]) for k in ("minutes", "points")]
+    lines = [f"**[{title}]({link})** · {', '.join(counts)}", ""]
+    names = ["", "title", "level", "minutes", "points", "graded by", "you can then"]
+    lines += ["| " + " | ".join(names) + " |", "|---|---|---|--:|--:|---|---|"]
+    for e in every:
+        to = f"{link}#{slug(e['heading'])}" if e["heading"] else link
+        cells = [
+            f"[{e['id']}]({to})",
+            e["title"],
+            e["level"],
+            e["minutes"],
+            e["points"],
+        ]
+        cells += [GRADED[e["grading"]], e["objective"]]
+        row = (" ".join(str(c).split()).replace("|", "\\|") for c in cells)
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append("")
+    for e in every:
+        own = [w for w in wrong if w["exercise"] == e["id"]]
+        kinds = [plural(len(own), "wrong answer")] if own else []
+        kinds += ["the rubric"] if e.get("rubric") else []
+        if kinds:
+            summary = escape(f"{e['id']}: {' and '.join(kinds)}")
+            lines += [f"<details><summary>{summary}</summary>", "", *notes(e, own), ""]
+            lines += ["</details>", ""]
+    return lines
+
+
+class Exercises(SphinxDirective):
+    """One table for each chapter that has exercises, with what its checks reject."""
+
+    def run(self):
+        root, here = Path(self.env.srcdir), posixpath.dirname(self.env.docname)
+        box = nodes.container(classes=["exercises"])
+        for path in sorted((root / NOTEBOOKS).glob("*.ipynb")):
+            if f"{NOTEBOOKS}/{path.stem}" not in self.env.found_docs:
+                continue
+            self.env.note_dependency(str(path))
+            self.env.note_dependency(str(root / WRONG_ANSWERS / f"{path.stem}.yml"))
+            book = json.loads(path.read_text("utf8"))
+            if exercises(book):
+                link = posixpath.relpath(f"{NOTEBOOKS}/{path.name}", here or ".")
+                lines = chapter_page(book, link, wrong_answers(root, path.stem))
+                self.state.nested_parse(
+                    StringList(lines, str(path)), self.content_offset, box
+                )
+        return box.children
+
+
+def setup(app):
+    app.add_directive("exercises", Exercises)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

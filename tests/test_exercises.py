@@ -1,0 +1,595 @@
+"""The exercises: their metadata, their checks, and the sheets made from them.
+
+A check is held to this: the chapter's own solution passes it, standing on nothing but
+the cells tagged `exercise-setup`; the empty stub and every published wrong answer fail
+it, each wrong answer with the message that names its mistake. At the end the same rules
+are shown to notice a check that was emptied, on a notebook made up for the purpose.
+"""
+
+import ast
+import copy
+import json
+import linecache
+import re
+import sys
+import traceback
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import student  # noqa: E402
+from tools.student import exercises  # noqa: E402
+
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
+ALL = [(c, e) for c, book in BOOKS.items() for e in exercises.exercises(book)]
+AUTO = [(c, e) for c, e in ALL if e.get("grading") == "auto"]
+WRONG = {chapter: exercises.wrong_answers(ROOT, chapter) for chapter in BOOKS}
+CASES = [(c, w) for c, every in WRONG.items() for w in every]
+LEVELS = {"run", "explain", "build", "investigate"}
+MARKER = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS)")
+
+
+def each(names, values, label):
+    return pytest.mark.parametrize(names, values, ids=[label(*v) for v in values])
+
+
+each_exercise = each("chapter, exercise", ALL, lambda c, e: e.get("id", c))
+each_auto = each("chapter, exercise", AUTO, lambda c, e: e.get("id", c))
+each_wrong = each(
+    "chapter, wrong", CASES, lambda c, w: f"{w['exercise']} {w['mistake']}"
+)
+each_chapter = pytest.mark.parametrize("chapter", BOOKS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_in_a_folder_of_its_own(monkeypatch, tmp_path):
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.delenv("PEFTLAB_RESULTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- running the cells of an exercise
+
+
+def execute(code, space, name):
+    """Run a cell in a namespace, without its IPython magics."""
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M)
+    linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+    exec(compile(code, name, "exec"), space)
+
+
+def ground(book, exercise):
+    """A fresh namespace: the setup cells, and the solutions that the exercise needs."""
+    space = {"__name__": "__main__"}
+    for i, cell in enumerate(exercises.setup_cells(book)):
+        execute(exercises.source(cell), space, f"<exercise-setup {i}>")
+    for other in exercises.exercises(book):
+        if other["id"] in exercise.get("needs", ()):
+            execute(exercises.source(other["solution"]), space, f"<{other['id']}>")
+    return space
+
+
+def judge(book, exercise, answer):
+    """Run the check on an answer in the solution's place: its exception or None."""
+    space = ground(book, exercise)
+    execute(answer, space, "<answer>")
+    try:
+        execute(exercises.source(exercise["check"]), space, "<check>")
+    except Exception as error:
+        return error
+
+
+def stub(exercise):
+    """The solution's cell as the student gets it."""
+    book = nbformat.v4.new_notebook(cells=[copy.deepcopy(exercise["solution"])])
+    return student.prepared(book, ["ClearSolutions"]).cells[0].source
+
+
+def defined(code):
+    """The names that a cell defines for the cells after it."""
+    names = set()
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Assign):
+            names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+        names |= {getattr(node, "name", None)} - {None}
+    return names
+
+
+def in_the_checks_own_words(error, check):
+    """An assert, or a `raise` that stands in the check: not an accident on the way."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raises = [n for n in ast.walk(ast.parse(check)) if isinstance(n, ast.Raise)]
+    raised = any(n.lineno <= last.lineno <= n.end_lineno for n in raises)
+    return isinstance(error, AssertionError) or last.filename == "<check>" and raised
+
+
+# ---- what must hold of an exercise
+
+
+def assert_check_accepts_the_solution(book, exercise):
+    error = judge(book, exercise, exercises.source(exercise["solution"]))
+    assert error is None, (
+        f"{exercise['id']}: the chapter's own solution fails its check, standing on "
+        f"the exercise-setup cells alone: {error!r}"
+    )
+
+
+def assert_check_rejects_the_stub(book, exercise):
+    assert judge(book, exercise, stub(exercise)) is not None, (
+        f"{exercise['id']}: the check accepts the empty stub"
+    )
+
+
+def assert_check_rejects(book, exercise, wrong):
+    name, check = wrong["mistake"], exercises.source(exercise["check"])
+    missing = defined(stub(exercise)) - defined(wrong["code"])
+    assert not missing, f"{name}: the wrong answer does not define {missing}"
+    assert not re.search(wrong["message"], ""), f"{name}: its pattern matches anything"
+    error = judge(book, exercise, wrong["code"])
+    assert error is not None, f"{exercise['id']}: the check accepts: {name}"
+    assert in_the_checks_own_words(error, check), (
+        f"{name}: the check breaks down instead of saying what is wrong: {error!r}"
+    )
+    said = str(error).strip()
+    assert re.search(wrong["message"], said), (
+        f"{name}: the check says {said!r}, which {wrong['message']!r} does not match"
+    )
+    assert len(said) >= 20 and len(said.split()) >= 4, (
+        f"{name}: {said!r} is not a sentence that names the mistake"
+    )
+    shown = exercises.message(check, wrong["message"])
+    assert shown is not None, f"{name}: no assert of the check itself says {said!r}"
+    assert re.fullmatch(re.escape(shown).replace("…", ".*"), said, re.DOTALL), (
+        f"{name}: the check says {said!r}, but the instructor's page shows the first "
+        f"message that {wrong['message']!r} matches, {shown!r}: make it match only one"
+    )
+
+
+@each_auto
+def test_the_solution_passes_its_check(chapter, exercise):
+    assert_check_accepts_the_solution(BOOKS[chapter], exercise)
+
+
+@each_auto
+def test_the_empty_stub_is_rejected(chapter, exercise):
+    assert_check_rejects_the_stub(BOOKS[chapter], exercise)
+
+
+@each_wrong
+def test_a_wrong_answer_is_rejected_by_name(chapter, wrong):
+    every = {e["id"]: e for c, e in AUTO if c == chapter}
+    assert wrong["exercise"] in every, f"{chapter} checks no {wrong['exercise']}"
+    assert_check_rejects(BOOKS[chapter], every[wrong["exercise"]], wrong)
+
+
+@each_auto
+def test_every_assert_of_a_check_says_what_is_wrong(chapter, exercise):
+    tree = ast.parse(exercises.source(exercise["check"]))
+    silent = [
+        ast.unparse(n.test)
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Assert) and n.msg is None
+    ]
+    assert not silent, f"{exercise['id']}: no message for {silent}"
+
+
+# ---- metadata
+
+
+@each_exercise
+def test_the_metadata_is_complete(chapter, exercise):
+    name = exercise["id"]
+    assert re.fullmatch(r"\d\d-\d+", name) and name[:2] == chapter[:2]
+    for key in ("title", "objective"):
+        assert exercise[key].strip(), f"{name} has no {key}"
+    assert exercise["level"] in LEVELS
+    assert exercise["grading"] in exercises.GRADED
+    for key in ("minutes", "points"):
+        assert type(exercise[key]) is int and exercise[key] > 0, f"{name}: {key}"
+    wanted = f"Exercise {name} · {exercise['title']}"
+    assert exercise["heading"] == wanted, f"no Markdown cell has the line ### {wanted}"
+    unknown = set(exercise) - {
+        *("id", "title", "level", "minutes", "points", "objective", "grading"),
+        *("rubric", "needs", "solution", "check", "heading"),
+    }
+    assert not unknown, f"{name}: unknown metadata {unknown}"
+
+
+@each_exercise
+def test_an_exercise_has_a_check_or_a_rubric(chapter, exercise):
+    cell, source = exercise["solution"], exercises.source(exercise["solution"])
+    assert exercises.grade_id(cell) == exercise["id"]
+    if exercise["grading"] == "auto":
+        assert exercises.role(cell) == "solution" and cell.cell_type == "code"
+        assert exercise["check"], f"no cell has the grade_id {exercise['id']}-check"
+        graded, published = exercise["check"], WRONG[chapter]
+        assert exercise["id"] in [w["exercise"] for w in published], (
+            f"no wrong answer is published for {exercise['id']}"
+        )
+        assert "### BEGIN SOLUTION" in source
+        fold = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
+        assert cell.metadata.get("mystnb") == fold, "the book must fold the solution"
+        assert "hide-input" in cell.metadata.get("tags", ())
+    else:
+        assert exercises.role(cell) == "answer" and cell.cell_type == "markdown"
+        assert exercise["check"] is None
+        assert exercise["rubric"] and all(point.strip() for point in exercise["rubric"])
+        assert "<details>" in source, "the book must fold the model answer"
+        graded = cell
+    assert graded.metadata.nbgrader.points == exercise["points"]
+
+
+@each_exercise
+def test_an_exercise_needs_only_earlier_ones_of_its_chapter(chapter, exercise):
+    before = [e["id"] for c, e in ALL if c == chapter]
+    before = before[: before.index(exercise["id"])]
+    assert set(exercise.get("needs", ())) <= set(before)
+
+
+@each_chapter
+def test_a_chapter_has_exercises_and_no_cell_of_nbgraders_is_astray(chapter):
+    every = exercises.exercises(BOOKS[chapter])
+    assert every, f"{chapter} has no exercise"
+    assert exercises.setup_cells(BOOKS[chapter]), "no cell is tagged exercise-setup"
+    own = [e["solution"] for e in every] + [e["check"] for e in every if e["check"]]
+    for cell in BOOKS[chapter].cells:
+        if exercises.role(cell):
+            name = exercises.grade_id(cell)
+            assert any(cell is o for o in own), f"{name} belongs to no exercise"
+        elif "nbgrader" not in cell.metadata:
+            assert not MARKER.search(cell.source), "a marker outside nbgrader's cells"
+
+
+def test_no_two_exercises_share_an_id():
+    assert not [i for i, n in Counter(e["id"] for _, e in ALL).items() if n > 1]
+
+
+def test_wrong_answers_are_published_and_belong_to_chapters():
+    assert len(CASES) >= 12
+    for path in (ROOT / exercises.WRONG_ANSWERS).glob("*.yml"):
+        assert path.stem in BOOKS, f"{path.name} belongs to no chapter"
+        for wrong in exercises.wrong_answers(ROOT, path.stem):
+            assert set(wrong) == {"exercise", "mistake", "code", "message"}
+            assert all(text.strip() for text in wrong.values())
+
+
+# ---- the sheets
+
+
+def split(cell):
+    """The lines of a cell that a student may see, and those that must go."""
+    seen, hidden, where = [], [], None
+    for line in exercises.source(cell).splitlines():
+        marker = MARKER.search(line)
+        if marker:
+            where = marker[0] if marker[1] == "BEGIN" else None
+        else:
+            (hidden if where else seen).append(line.strip())
+    if exercises.role(cell) == "answer" and not hidden:
+        seen, hidden = [], seen
+    return seen, [line for line in hidden if line]
+
+
+def assert_the_students_sheet_keeps_the_secrets(book, wrong):
+    sheet = student.student(book)
+    text = nbformat.writes(sheet)
+    lines = Counter(
+        line.strip() for cell in sheet.cells for line in cell.source.splitlines()
+    )
+    parts = [split(cell) for cell in book.cells]
+    seen = Counter(line for part in parts for line in part[0])
+    for line in {line for part in parts for line in part[1]}:
+        assert lines[line] <= seen[line], f"the student sees {line!r}"
+    assert not MARKER.search(text)
+    sources = "\n".join(cell.source for cell in sheet.cells)
+    for answer in wrong:
+        assert answer["code"].strip() not in sources, answer["mistake"]
+    for exercise in exercises.exercises(book):
+        for point in exercise.get("rubric", ()):
+            assert point not in text, "the student sees the rubric"
+    for cell in sheet.cells:
+        assert not set(cell.metadata.get("tags", ())) & student.FOLDS
+        assert "mystnb" not in cell.metadata
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+
+
+def assert_the_instructors_sheet_is_whole(book, wrong):
+    sheet = student.instructor(book, wrong)
+    notes = [c for c in sheet.cells if "instructor" in c.metadata.get("tags", ())]
+    rest = [c.source for c in sheet.cells if c not in notes]
+    assert rest == [c.source for c in book.cells]
+    for exercise in exercises.exercises(book):
+        note = next(
+            c.source for c in notes if f"exercise {exercise['id']}*" in c.source
+        )
+        assert exercises.plural(exercise["points"], "point") in note
+        for point in exercise.get("rubric", ()):
+            assert point in note
+        for answer in wrong:
+            if answer["exercise"] == exercise["id"]:
+                assert answer["code"].strip() in note
+
+
+def assert_the_students_sheet_stops_at_its_first_check(book):
+    sheet, space = student.student(book), ground(book, {})
+    for cell in sheet.cells:
+        role = exercises.role(cell)
+        if role == "solution":
+            execute(cell.source, space, f"<{exercises.grade_id(cell)}>")
+        elif role == "check":
+            with pytest.raises((AssertionError, NotImplementedError)):
+                execute(cell.source, space, "<check>")
+            return
+
+
+@each_chapter
+def test_the_students_sheet_keeps_the_secrets(chapter):
+    assert_the_students_sheet_keeps_the_secrets(BOOKS[chapter], WRONG[chapter])
+
+
+@each_chapter
+def test_the_instructors_sheet_is_whole(chapter):
+    assert_the_instructors_sheet_is_whole(BOOKS[chapter], WRONG[chapter])
+
+
+@each_chapter
+def test_the_students_sheet_stops_at_its_first_check(chapter):
+    assert_the_students_sheet_stops_at_its_first_check(BOOKS[chapter])
+
+
+def test_the_instructors_page_lists_every_exercise():
+    page = ROOT / "_build" / "html" / "book" / "instructors.html"
+    assert page.is_file(), f"there is no {page}: run `make book` first"
+    article = BeautifulSoup(page.read_text("utf8"), "html.parser").find("article")
+    links = {a.get_text(): a["href"] for a in article.select("td a[href]")}
+    code = article.get_text()
+    for chapter, exercise in ALL:
+        assert f"{chapter}.html#exercise-" in links.get(exercise["id"], ""), (
+            f"the instructor's page does not link to {exercise['id']}: rebuild the book"
+        )
+    for _, wrong in CASES:
+        assert wrong["code"].strip() in code, wrong["mistake"]
+
+
+# ---- the same rules on a notebook made up here: they notice what is broken
+
+SOLUTION = '''def scale(alpha, r):
+    """Two numbers -> the factor of the bypass."""
+    ### BEGIN SOLUTION
+    the_secret_factor = alpha / r
+    return the_secret_factor
+    ### END SOLUTION'''
+CHECK = """assert scale(16, 8) != 16, "alpha is not divided by r: the factor is alpha/r"
+assert scale(8, 8) == ONE, f"alpha equal to r must give {ONE}, and changes nothing"
+### BEGIN HIDDEN TESTS
+assert scale(1, 4) == 0.25, "a rank above alpha makes the factor smaller than one"
+### END HIDDEN TESTS"""
+ANSWER = """Why divide by r?
+
+<!-- BEGIN SOLUTION -->
+<details><summary>Show an answer</summary>
+
+So that the rank can change and the learning rate stay.
+
+</details>
+<!-- END SOLUTION -->"""
+MISTAKES = [
+    dict(
+        exercise="99-1",
+        mistake="alpha alone",
+        code="def scale(alpha, r):\n    return alpha\n",
+        message="not divided by r",
+    ),
+    dict(
+        exercise="99-1",
+        mistake="divided by r squared",
+        code="def scale(alpha, r):\n    return alpha / r**2\n",
+        message="alpha equal to r",
+    ),
+    dict(
+        exercise="99-1",
+        mistake="never below one",
+        code="def scale(alpha, r):\n    return max(1, alpha / r)\n",
+        message="smaller than one",
+    ),
+]
+
+PYTHON = dict(
+    kernelspec=dict(display_name="Python 3", language="python", name="python3"),
+    language_info=dict(name="python"),
+)
+
+
+def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
+    """A small chapter: magics, a setup, a stored output, both kinds of exercise."""
+    facts = dict(level="build", minutes=5, points=2)
+    one = dict(facts, id="99-1", title="The factor", grading="auto")
+    one |= dict(objective="scale the bypass")
+    two = dict(facts, id="99-2", title="Why", grading="rubric", level="explain")
+    two |= dict(objective="explain the scale", rubric=["names the learning rate"])
+    fold = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
+    v4 = nbformat.v4
+
+    def graded(cell, name, grade, solution, **other):
+        meta = dict(grade_id=name, grade=grade, solution=solution, task=False)
+        meta |= dict(locked=not solution, schema_version=3)
+        meta |= dict(points=2) if grade else {}
+        cell.metadata = nbformat.from_dict(dict(nbgrader=meta, **other))
+        return cell
+
+    def tagged(text, tag):
+        cell = v4.new_code_cell(text)
+        cell.metadata.tags = [tag]
+        return cell
+
+    output = v4.new_output("stream", text="a stored output\n")
+    exercise = dict(peftlab=dict(exercise=one), mystnb=fold, tags=["hide-input"])
+    cells = [
+        v4.new_markdown_cell("# 99. Made up\n\n[file](../peftlab/lora.py)"),
+        tagged("if False:\n    %pip install nothing", "nbval-skip"),
+        tagged("%config Application.verbose_crash = True\nONE = 1.0", "exercise-setup"),
+        v4.new_code_cell(before, execution_count=3, outputs=[output]),
+        v4.new_markdown_cell("## Exercises\n\n### Exercise 99-1 · The factor"),
+        graded(v4.new_code_cell(solution), "99-1", False, True, **exercise),
+        graded(v4.new_code_cell(check), "99-1-check", True, False),
+        v4.new_markdown_cell("### Exercise 99-2 · Why"),
+        graded(
+            v4.new_markdown_cell(ANSWER),
+            *("99-2", True, True),
+            peftlab=dict(exercise=two),
+        ),
+    ]
+    for i, cell in enumerate(cells):
+        cell.id = f"cell-{i}"
+    return v4.new_notebook(cells=cells, metadata=PYTHON)
+
+
+def assert_all(book):
+    exercise = exercises.exercises(book)[0]
+    assert_check_accepts_the_solution(book, exercise)
+    assert_check_rejects_the_stub(book, exercise)
+    for wrong in MISTAKES:
+        assert_check_rejects(book, exercise, wrong)
+
+
+def test_rules_hold_for_a_sound_exercise():
+    book = made_up()
+    assert_all(book)
+    assert_the_students_sheet_keeps_the_secrets(book, MISTAKES)
+    assert_the_instructors_sheet_is_whole(book, MISTAKES)
+    assert_the_students_sheet_stops_at_its_first_check(book)
+    text = nbformat.writes(student.student(book))
+    for secret in ("the_secret_factor", "0.25", "learning rate", "a stored output"):
+        assert secret not in text
+    assert "raise NotImplementedError()" in text and "YOUR ANSWER HERE" in text
+
+
+BROKEN = {
+    "emptied": ("", "accepts the empty stub"),
+    "trivially true": ("assert scale or True, 'it is a function'", "accepts the empty"),
+    "true of any number": ("assert scale(16, 8) is not None, 'x'", "accepts: alpha"),
+    "its hidden part gone": (CHECK.split("### BEGIN")[0], "accepts: never below one"),
+    "wrong about the solution": (
+        "assert scale(16, 8) == 3, 'no'",
+        "own solution fails",
+    ),
+    "without messages": (re.sub(r", f?\".*", "", CHECK), "does not match"),
+    "with a word for a message": (
+        CHECK.replace(
+            "alpha is not divided by r: the factor is alpha/r", "not divided by r"
+        ),
+        "not a sentence",
+    ),
+    "breaking down": (
+        "1 / (scale(16, 8) - 16), 'alpha is not divided by r'\n" + CHECK,
+        "breaks down",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_check_is_noticed(name):
+    check, complaint = BROKEN[name]
+    with pytest.raises(AssertionError, match=complaint):
+        assert_all(made_up(check=check))
+
+
+def test_a_wrong_answer_must_define_what_the_stub_defines():
+    book = made_up()
+    wrong = dict(MISTAKES[0], code="def scaling(alpha, r):\n    return alpha\n")
+    with pytest.raises(AssertionError, match="does not define"):
+        assert_check_rejects(book, exercises.exercises(book)[0], wrong)
+
+
+def test_a_solution_must_not_lean_on_cells_that_are_no_setup():
+    book = made_up(solution=SOLUTION.replace("alpha / r", "alpha / r * made"))
+    with pytest.raises(AssertionError, match="exercise-setup cells alone"):
+        assert_all(book)
+
+
+@pytest.fixture
+def chapter(tmp_path):
+    path = tmp_path / "notebooks" / "99_made_up.ipynb"
+    path.parent.mkdir()
+
+    def store(**changes):
+        nbformat.write(made_up(**changes), path)
+        return path
+
+    store()
+    return store
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_sheets_and_zips_are_the_same_each_time(chapter, tmp_path):
+    for out in ("one", "two"):
+        student.write([chapter()], tmp_path / out, tmp_path)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    archive = zipfile.ZipFile(tmp_path / "one" / "student.zip")
+    assert archive.namelist() == ["student/99_made_up.ipynb"]
+    sheet = tmp_path / "one" / "student" / "99_made_up.ipynb"
+    assert archive.read("student/99_made_up.ipynb") == sheet.read_bytes()
+    nbformat.validate(nbformat.read(sheet, as_version=4))
+    assert "/blob/" in json.loads(sheet.read_text("utf8"))["cells"][0]["source"][-1]
+
+
+def test_a_chapter_with_wrong_markers_leaves_the_old_sheets(chapter, tmp_path):
+    student.write([chapter()], tmp_path / "out", tmp_path)
+    before = contents(tmp_path / "out")
+    path = chapter(solution=SOLUTION.replace("### END SOLUTION", ""))
+    with pytest.raises(ValueError, match="99_made_up.ipynb makes no sheets"):
+        student.write([path], tmp_path / "out", tmp_path)
+    assert contents(tmp_path / "out") == before
+
+
+RUNS = {
+    "sound": ({}, True, "fails at 99-1-check, as it should"),
+    "a check that accepts the stub": (dict(check="pass"), False, "PASSES"),
+    "a cell before the check fails": (
+        dict(before="made = undefined"),
+        False,
+        "FAILS at cell 3, 'made = undefined': NameError",
+    ),
+    "the check lacks an import": (
+        dict(check="math.isclose(scale(8, 8), 1)"),
+        False,
+        "not for the stub: NameError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_the_students_sheet_tells(name, chapter, tmp_path):
+    changes, good, words = RUNS[name]
+    path = student.write([chapter(**changes)], tmp_path / "out", tmp_path)[0]
+    before = path.read_bytes()
+    seconds, place, error = student.run(path)
+    fine, said = student.verdict(path, place, error)
+    assert fine is good and words in said, said
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_of_the_instructors_sheet_tells(broken, chapter, tmp_path):
+    solution = SOLUTION.replace("alpha / r", "alpha") if broken else SOLUTION
+    path = student.write([chapter(solution=solution)], tmp_path / "out", tmp_path)[1]
+    seconds, place, error = student.run(path)
+    fine, said = student.verdict(path, place, error)
+    assert fine is not broken, said
+    assert "FAILS at cell 6, 99-1-check" in said if broken else said == "passes"
