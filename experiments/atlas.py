@@ -75,8 +75,9 @@ def derive(runs, best, long):
     compare(
         figures, "long.1", changes["LoRA r=1", 0.0], changes["LoRA r=8", 0.0], "learned"
     )
-    for r in ("1", "8"):
-        compare(figures, f"six.{r}", at_six[f"LoRA r={r}"], at_six["full"], "learned")
+    compare(figures, "six.1", at_six["LoRA r=1"], at_six["full"], "learned")
+    for key in ("learned", "base", "refuse"):
+        compare(figures, "six.8", at_six["LoRA r=8"], at_six["full"], key)
     compare(figures, "six.1v8", at_six["LoRA r=1"], at_six["LoRA r=8"], "learned")
     parts = [where(runs, method=m, lr=best[m]) for m in ("MLP r=7", "attention r=12")]
     compare(figures, "mlp", *parts, "learned")

@@ -150,7 +150,10 @@ def assert_check_rejects(book, exercise, wrong):
         f"{name}: {said!r} is not a sentence that names the mistake"
     )
     shown = exercises.message(check, wrong["message"])
-    assert shown is not None, f"{name}: no assert of the check itself says {said!r}"
+    assert shown is not None, (
+        f"{name}: {wrong['message']!r} must match words that stand in an assert of the "
+        f"check, not what is put into them: it says {said!r}"
+    )
     assert re.fullmatch(re.escape(shown).replace("…", ".*"), said, re.DOTALL), (
         f"{name}: the check says {said!r}, but the instructor's page shows the first "
         f"message that {wrong['message']!r} matches, {shown!r}: make it match only one"

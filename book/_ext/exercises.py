@@ -138,7 +138,15 @@ def chapter_page(book, link, wrong):
     counts = [plural(len(every), "exercise")]
     counts += [plural(sum(e[k] for e in every), k[:-1]) for k in ("minutes", "points")]
     lines = [f"**[{title}]({link})** · {', '.join(counts)}", ""]
-    names = ["", "title", "level", "minutes", "points", "graded by", "you can then"]
+    names = [
+        "exercise",
+        "title",
+        "level",
+        "minutes",
+        "points",
+        "graded by",
+        "you can then",
+    ]
     lines += ["| " + " | ".join(names) + " |", "|---|---|---|--:|--:|---|---|"]
     for e in every:
         to = f"{link}#{slug(e['heading'])}" if e["heading"] else link

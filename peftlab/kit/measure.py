@@ -1,6 +1,7 @@
 """What a method costs and what it reaches: exact match, parameters, bytes, time,
 memory."""
 
+import contextlib
 import os
 import platform
 import statistics
@@ -84,8 +85,14 @@ def peak_memory(work):
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+    run = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _no_stderr():
+        run.start()
+    try:
         work()
+    finally:
+        with _no_stderr():
+            run.stop()
     events = run.profiler.kineto_results.events()
     memory = sorted(
         (e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"
@@ -95,6 +102,19 @@ def peak_memory(work):
         level += change
         peak = max(peak, level)
     return peak
+
+
+@contextlib.contextmanager
+def _no_stderr():
+    """The profiler logs to file descriptor 2, and a notebook would store that."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def step_times(steps, rounds=20, warmup=3):
