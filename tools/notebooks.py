@@ -36,6 +36,7 @@ def run(path):
             book,
             timeout=300,
             kernel_name="python3",
+            coalesce_streams=True,
             extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": path.parent}},
         ).execute()

@@ -3,11 +3,15 @@
 Nothing here reaches for the network unless you ask: `load()` gives the shipped
 tiny-decoder, and only a name that you pass makes it load something else."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+# peft 0.21 asks transformers by an old name; the notebooks would store the warning.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 MODELS = Path(__file__).parents[1] / "models"
 
