@@ -78,6 +78,9 @@ def derive(runs, best, long):
     compare(figures, "six.1", at_six["LoRA r=1"], at_six["full"], "learned")
     for key in ("learned", "base", "refuse"):
         compare(figures, "six.8", at_six["LoRA r=8"], at_six["full"], key)
+    slower = where(six["runs"], method="full", lr=1e-3)
+    keep("six.full.slower.learned", mean(shares(slower, "learned")))
+    keep("six.full.slower.base", mean(shares(slower, "base")))
     compare(figures, "six.1v8", at_six["LoRA r=1"], at_six["LoRA r=8"], "learned")
     parts = [where(runs, method=m, lr=best[m]) for m in ("MLP r=7", "attention r=12")]
     compare(figures, "mlp", *parts, "learned")

@@ -3,8 +3,8 @@
     LoRA reaches 0.97<!-- lora.finnish --> of the dates.
 
 The key belongs to the chapter's own `book/results/NN_name.json`, or names another
-file: `<!-- atlas:rank90 -->`. A figure taken from a paper says so, `0.35<!-- cited -->`,
-and so does one that is a setting or a definition, `90%<!-- given -->`.
+file: `<!-- atlas:rank90 -->`. A figure taken from a paper says so, `<!-- cited -->`,
+and so does a setting or a definition, `90%<!-- given -->`.
 """
 
 import re

@@ -71,7 +71,8 @@ def train(model, tokenizer, records, steps, lr, batch_size=20, seed=0, progress=
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
         batch = collate(next(source), tokenizer)
-        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+        batch = {k: v.to(model.device) for k, v in batch.items()}
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         schedule.step()
