@@ -72,7 +72,7 @@ def train(model, tokenizer, records, steps, lr, batch_size=20, seed=0, progress=
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
         batch = collate(next(source), tokenizer)
         batch = {k: v.to(model.device) for k, v in batch.items()}
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         schedule.step()
