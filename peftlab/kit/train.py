@@ -14,9 +14,10 @@ def collate(records, tokenizer, loss_on="answer"):
     Padded on the right. labels is -100 where there is no loss: on padding and, with
     loss_on="answer", on the prompt; loss_on="line" puts the loss on every token."""
     rows, labels = [], []
-    for record in records:
-        prompt = tokenizer(record.prompt)["input_ids"]
-        answer = tokenizer(" " + record.answer, add_special_tokens=False)["input_ids"]
+    prompts = tokenizer([r.prompt for r in records])["input_ids"]
+    answers = [f" {r.answer}" for r in records]
+    answers = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    for prompt, answer in zip(prompts, answers, strict=True):
         answer = answer + [tokenizer.eos_token_id]
         rows.append(prompt + answer)
         labels.append(
