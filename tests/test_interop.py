@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_lora import (
+from common import (
     BATCH,
     MODELS,
-    MODES,
     SMALL,
     assert_one_sentence,
     assert_unchanged,
-    fill,
+    jiggle,
     net,
-    peft_twin,
     seeded,
     snapshot,
 )
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_lora import MODES, fill, peft_twin
 from torch import nn
 from transformers import (
     BertConfig,
@@ -53,13 +52,6 @@ def llama_classifier():
 def answers(model):
     with torch.no_grad():
         return model.eval()(**BATCH)[0]
-
-
-def jiggle(tensors, seed=5):
-    """Every tensor a little different, as after training: A, B, biases, heads."""
-    generator = torch.Generator().manual_seed(seed)
-    for t in tensors:
-        t.data += torch.randn(t.shape, generator=generator) / 10
 
 
 def trained(model, **settings):

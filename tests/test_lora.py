@@ -10,16 +10,25 @@ import math
 import bitsandbytes
 import pytest
 import torch
+from common import (
+    ALL,
+    BATCH,
+    IDS,
+    MODELS,
+    SMALL,
+    assert_one_sentence,
+    assert_same,
+    assert_unchanged,
+    backward,
+    net,
+    seeded,
+    snapshot,
+    train,
+    trainable,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -29,58 +38,13 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.pytorch_utils import Conv1D
 
 from peftlab import lora as reference
-from peftlab.kit import zoo
-
-IDS = torch.arange(22).reshape(2, 11) % 11
-ALL = "q_proj c_attn c_proj proj".split()  # the linears of Net but its head
-SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 
 
 @pytest.fixture
 def lora():
     return reference
-
-
-class Net(nn.Module):
-    """A decoder's stand-in with every sort of layer that LoRA meets, in float64."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.q_proj = nn.Linear(6, 8)
-        self.norm = nn.LayerNorm(8)
-        self.c_attn = Conv1D(12, 8)  # GPT-2's: 8 in, 12 out, the weight is (8, 12)
-        self.c_proj = Conv1D(12, 12)  # square: a wrong transpose still fits
-        self.proj = nn.Linear(12, 12, bias=False)
-        self.lm_head = nn.Linear(12, 11)
-
-    def forward(self, ids):
-        x = self.norm(torch.tanh(self.q_proj(self.embed(ids))))
-        x = self.c_proj(torch.tanh(self.c_attn(x)))
-        return self.lm_head(torch.tanh(self.proj(torch.tanh(x))))
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-
-def seeded(model, seed=0):
-    """The model with every weight random, biases and norms too (none 0 or 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-        if p.dim() == 1:
-            noise = 0.3 * noise + name.endswith("weight")  # a norm's is about 1
-        else:
-            noise /= math.sqrt(p.shape[-1])
-        p.data = noise.to(p.dtype)
-    return model.eval()
-
-
-def net():
-    return seeded(Net().double())
 
 
 def fill(model, lora, seed=1):
@@ -90,44 +54,6 @@ def fill(model, lora, seed=1):
         if name.endswith("lora_B"):
             t.copy_(torch.randn(t.shape, generator=generator) / 8)
     return model
-
-
-def train(model, lora, steps=3):
-    """A few steps of gradient descent on whatever is trainable; the model."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(IDS) - 1).pow(2).mean().backward()
-        optimizer.step()
-    return model
-
-
-def snapshot(model):
-    """All that must not move when something raises: values, flags, types."""
-    values = {n: t.clone() for n, t in model.state_dict().items()}
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    kinds = {n: (type(m), m.training) for n, m in model.named_modules()}
-    return values, flags, kinds
-
-
-def assert_unchanged(model, before):
-    values, flags, kinds = snapshot(model)
-    assert kinds == before[2], "a layer was replaced although the call raised"
-    assert flags == before[1], "requires_grad was changed although the call raised"
-    assert values.keys() == before[0].keys()
-    moved = [n for n, t in values.items() if not torch.equal(t, before[0][n])]
-    assert not moved, f"weights were changed although the call raised: {moved}"
-
-
-def assert_one_sentence(error):
-    message = str(error.value)
-    assert message and "\n" not in message, f"not one clear line: {message!r}"
-    assert len(message) < 500, f"too long to be one clear sentence: {message!r}"
-
-
-def trainable(model):
-    return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 # The laws
@@ -200,7 +126,7 @@ def test_a_conv1d_is_wrapped_by_what_goes_in_and_out(lora):
 
 def test_the_change_after_training_has_rank_r(lora):
     before = {n: p.clone() for n, p in net().named_parameters()}
-    model = lora.merge(train(lora.add(net(), ALL, r=2), lora))
+    model = lora.merge(train(lora.add(net(), ALL, r=2)))
     for name in ALL:
         change = model.get_parameter(f"{name}.weight") - before[f"{name}.weight"]
         values = torch.linalg.svdvals(change)
@@ -210,7 +136,7 @@ def test_the_change_after_training_has_rank_r(lora):
 
 
 def test_merged_equals_unmerged_to_1e_10_in_float64(lora):
-    model = train(lora.add(net(), ALL, r=3, alpha=12), lora)
+    model = train(lora.add(net(), ALL, r=3, alpha=12))
     wrapped = model(IDS)
     assert (wrapped - net()(IDS)).abs().max() > 1e-3
     gap = (lora.merge(model)(IDS) - wrapped).abs().max()
@@ -299,7 +225,7 @@ def test_frozen_weights_are_bit_identical_after_training(lora):
     for bias in asked:
         model = lora.add(net(), ALL, bias=bias)
         before = snapshot(model)[0]
-        train(model, lora)
+        train(model)
         for name, t in model.state_dict().items():
             trains = "lora_" in name or name.replace(".base", "") in asked[bias]
             moved = not torch.equal(t, before[name])
@@ -392,7 +318,7 @@ def test_a_half_wrong_target_list_is_refused(lora):
 
 def test_the_state_dict_goes_round(lora):
     for bias in ("none", "all", "lora_only"):
-        one = train(lora.add(net(), ALL, bias=bias), lora)
+        one = train(lora.add(net(), ALL, bias=bias))
         two = lora.add(net(), ALL, bias=bias)
         tensors = {n: t.clone() for n, t in lora.state_dict(one).items()}
         lora.load_state_dict(two, tensors)
@@ -574,40 +500,12 @@ def test_merge_refuses_before_it_touches_the_first_layer():
 # The oracle: peft
 
 
-def bert(kind=BertForSequenceClassification):
-    config = BertConfig(**SMALL, num_attention_heads=4, num_labels=3)
-    return seeded(kind(config))
-
-
-def gpt2():
-    return seeded(
-        GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4))
-    )
-
-
-def llama():
-    """One key-value head for four query heads, and biases in the attention."""
-    heads = dict(num_attention_heads=4, num_key_value_heads=1, attention_bias=True)
-    return seeded(LlamaForCausalLM(LlamaConfig(**SMALL, **heads)))
-
-
-MODELS = {
-    "tiny-decoder": lambda: zoo.load("tiny-decoder", device="cpu")[0],
-    "bert": bert,
-    "bert-model": lambda: bert(BertModel),
-    "gpt2": gpt2,
-    "llama": llama,
-}
 MODES = {
     "none": dict(bias="none"),
     "all": dict(bias="all"),
     "lora_only": dict(bias="lora_only"),
     "rslora": dict(bias="none", rslora=True),
 }
-BATCH = dict(
-    input_ids=torch.arange(3, 27).reshape(3, 8),
-    attention_mask=torch.tensor([[1] * 8, [1] * 8, [1] * 5 + [0] * 3]),
-)
 
 
 def peft_twin(model, targets, r=4, alpha=6, bias="none", rslora=False, **options):
@@ -632,21 +530,6 @@ def plain_names(peft_model):
         for n, p in peft_model.named_parameters()
         if p.requires_grad
     }
-
-
-def backward(model):
-    """All outputs in a row, and gradients of at most about 1, from one fixed loss."""
-    model.zero_grad()
-    outputs = model(**BATCH).values()
-    row = torch.cat([t.flatten() for t in outputs if torch.is_tensor(t)])
-    (row * torch.cos(torch.arange(len(row)))).sum().div(len(row) ** 0.5).backward()
-    return row.detach()
-
-
-def assert_same(got, want, what):
-    """Equal to 1e-5, and to 1e-5 of the largest where numbers are above 1."""
-    gap, size = (got - want).abs().max(), want.abs().max()
-    assert gap <= 1e-5 * max(1, size), f"{what} differs from peft's by {gap:.1e}"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -708,3 +591,218 @@ def test_lora_fits_an_encoder_decoder_and_a_two_layer_head():
         torch.testing.assert_close(same, plain, rtol=0, atol=1e-6)
         names = reference.state_dict(model)
         assert not any("lm_head" in n or "classifier" in n for n in names)
+
+
+# lora.py copied alone, for tests/test_standalone.py
+
+ALONE = """
+import lora
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+x = torch.randn(5, 6)
+plain = model(x)
+lora.add(model, ["0", "2"], r=2, dropout=0.1, bias="lora_only")
+assert torch.equal(model.eval()(x), plain)
+for _ in range(2):
+    model.zero_grad()
+    model(x).pow(2).sum().backward()
+    for p in lora.state_dict(model, keep_vars=True).values():
+        p.data -= 0.1 * p.grad
+tuned = model(x)
+assert not torch.allclose(tuned, plain)
+lora.load_state_dict(model, lora.state_dict(model))
+merged = lora.merge(model)
+assert [type(m).__name__ for m in merged] == ["Linear", "Tanh", "Linear"]
+assert torch.allclose(merged(x), tuned, atol=1e-5)
+"""
+
+# Broken copies, for tests/test_mutations.py
+
+SCALING = "alpha / math.sqrt(r) if rslora else alpha / r"
+RETURN = "return (y + (low * self.scaling) @ self.lora_B.T).to(y.dtype)"
+KAIMING = "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))"
+DELTA = "m.scaling * (m.lora_B @ m.lora_A)"
+BYPASS = test_the_bypass_adds_alpha_over_r_times_b_a_x
+RSLORA = test_rslora_scales_by_alpha_over_the_root_of_r
+START = test_adding_lora_changes_no_output
+GRADIENT = test_the_first_gradient_reaches_b_and_not_a
+RANK = test_the_change_after_training_has_rank_r
+FROZEN = test_frozen_weights_are_bit_identical_after_training
+MERGED = test_merged_equals_unmerged_to_1e_10_in_float64
+STRICT = test_loading_is_strict
+HEAD = test_all_linear_leaves_out_the_output_head
+HALF_WRONG = test_a_half_wrong_target_list_is_refused
+
+# {what is broken: (the law that goes red, {text: text in its place})}
+MUTATIONS = {
+    "alpha / r is missing": (BYPASS, {SCALING: "1.0"}),
+    "scaled by alpha": (BYPASS, {SCALING: "alpha"}),
+    "scaled by alpha * r": (BYPASS, {SCALING: "alpha * r"}),
+    "scaled by r / alpha": (BYPASS, {SCALING: "r / alpha"}),
+    "rsLoRA is ignored": (RSLORA, {SCALING: "alpha / r"}),
+    "the bypass is dead": (BYPASS, {RETURN: "return y"}),
+    "the base is dropped": (START, {RETURN: RETURN.replace("y + ", "", 1)}),
+    "the answer is in float32": (
+        test_a_and_b_are_float32_over_a_16_bit_base,
+        {RETURN: RETURN.removesuffix(".to(y.dtype)")},
+    ),
+    "A and B are both zero": (
+        GRADIENT,
+        {KAIMING: "self.lora_A.data *= 0"},
+    ),
+    "A and B are both random": (START, {"torch.zeros(n_out": "torch.randn(n_out"}),
+    "A is zero and B random": (
+        GRADIENT,
+        {
+            "torch.zeros(n_out": "torch.randn(n_out",
+            KAIMING: ("nn.init.zeros_(self.lora_A)"),
+        },
+    ),
+    "A starts from another width": (
+        test_a_starts_uniform_within_one_over_the_root_of_its_width,
+        {"a=math.sqrt(5)": "a=0"},
+    ),
+    "A and B are in the base's 16 bits": (
+        test_a_and_b_are_float32_over_a_16_bit_base,
+        {"torch.float64 if w.dtype == torch.float64 else torch.float32": "w.dtype"},
+    ),
+    "the rank is one too many": (RANK, {"torch.empty(r,": "torch.empty(r := r + 1,"}),
+    "the base is not frozen": (
+        test_only_a_and_b_train,
+        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+    ),
+    "the base trains along": (
+        FROZEN,
+        {"model.requires_grad_(False)\n    _replace": "_replace"},
+    ),
+    "A and B are frozen too": (
+        test_only_a_and_b_train,
+        {"p.requires_grad_(True)": "p.requires_grad_(False)"},
+    ),
+    "the product is transposed": (
+        MERGED,
+        {DELTA: "m.scaling * (m.lora_A.T @ m.lora_B.T)"},
+    ),
+    "a square product is transposed": (
+        MERGED,
+        {
+            DELTA: f"{DELTA}\n        if delta.shape[0] == delta.shape[1]:"
+            "\n            delta = delta.T"
+        },
+    ),
+    "a Conv1D is merged untransposed": (
+        MERGED,
+        {'delta = delta.T if type(base).__name__ == "Conv1D" else delta': "pass"},
+    ),
+    "a Conv1D's width is read the wrong way": (
+        test_a_conv1d_is_wrapped_by_what_goes_in_and_out,
+        {"m.weight.shape[::-1] if conv": "m.weight.shape if conv"},
+    ),
+    "merging forgets the scaling": (MERGED, {DELTA: "m.lora_B @ m.lora_A"}),
+    "merging adds nothing": (MERGED, {"(base.weight + delta)": "(base.weight)"}),
+    "merging writes into a tied weight": (
+        test_merging_a_tied_head_leaves_the_embedding_alone,
+        {
+            "base.weight = nn.Parameter((base.weight + delta).to(base.weight.dtype),"
+            " False)": "base.weight += delta"
+        },
+    ),
+    "merging rounds twice": (
+        test_merging_takes_a_16_bit_base_once_to_its_own_precision,
+        {"(base.weight + delta)": "(base.weight + delta.to(base.weight.dtype))"},
+    ),
+    "merging leaves the wrappers": (
+        test_merging_leaves_plain_frozen_layers,
+        {"_replace(model, layers)": "pass"},
+    ),
+    "merging leaves biases to train": (
+        test_merging_leaves_plain_frozen_layers,
+        {"return model.requires_grad_(False)": "return model"},
+    ),
+    "one parent of two is wrapped": (
+        test_a_linear_with_two_parents_is_wrapped_once_and_merged_once,
+        {"swaps.get(child, child)": "swaps.pop(child, child)"},
+    ),
+    "dropout stays on in eval mode": (
+        test_dropout_is_off_in_eval_mode,
+        {"self.dropout(x.to(self.lora_A.dtype))": "nn.functional.dropout(x, 0.5)"},
+    ),
+    "dropout is on in a model that is in eval mode": (
+        test_dropout_is_off_at_once_on_a_model_in_eval_mode,
+        {".train(m.training)": ""},
+    ),
+    "dropout is forgotten": (
+        test_dropout_thins_only_the_input_of_the_bypass,
+        {"self.dropout(x.to(self.lora_A.dtype))": "x.to(self.lora_A.dtype)"},
+    ),
+    "dropout thins the base's input too": (
+        test_dropout_thins_only_the_input_of_the_bypass,
+        {"y = self.base(x)": "y = self.base(x := self.dropout(x))"},
+    ),
+    "train() merges": (
+        test_train_and_eval_change_no_weight,
+        {
+            "    def forward(self, x):": "    def train(self, mode=True):\n"
+            "        if not mode:\n"
+            "            self.base.weight.data += 1e-3\n"
+            "        return super().train(mode)\n\n"
+            "    def forward(self, x):"
+        },
+    ),
+    'bias="all" trains none': (
+        test_bias_all_trains_every_bias_and_no_other_base_weight,
+        {'mode == "all"': "False"},
+    ),
+    'bias="lora_only" trains all': (
+        test_bias_lora_only_trains_the_biases_of_the_targets,
+        {"and owner in layers": ""},
+    ),
+    "biases are named as in the wrapper": (
+        test_the_state_dict_names_biases_as_in_the_plain_model,
+        {"found[plain if owner in layers else name]": "found[name]"},
+    ),
+    "a module called base loses its name": (
+        test_a_module_that_is_called_base_keeps_its_name,
+        {"found[plain if owner in layers else name]": "found[plain]"},
+    ),
+    "the state dict leaves A out": (
+        test_the_state_dict_goes_round,
+        {'leaf in ("lora_A", "lora_B")': 'leaf == "lora_B"'},
+    ),
+    "loading is not strict": (
+        STRICT,
+        {
+            "if got != want:": "if want and got and got != want:",
+            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
+        },
+    ),
+    "loading lets the unexpected pass": (
+        STRICT,
+        {"own.keys() | tensors.keys()": "own.keys()"},
+    ),
+    "a half-wrong target list is accepted": (
+        HALF_WRONG,
+        {
+            "if lost := [": "if len(targets) == len(lost := [",
+            "for p in linears)]:": ("for p in linears)]):"),
+        },
+    ),
+    "the head is in all-linear": (HEAD, {"if m is not head}": "}"}),
+    "the classifier is in all-linear": (
+        test_all_linear_leaves_out_a_classifier_and_a_score,
+        {'{"classifier", "score"}': '{"score"}'},
+    ),
+    "a target matches the end of a name": (
+        test_a_target_matches_whole_names_from_the_end,
+        {'endswith(f".{t}")': 'endswith(f"{t}")'},
+    ),
+    "LoRA goes on LoRA": (
+        test_adding_twice_is_refused,
+        {"any(isinstance(m, LoRALinear) for m in model.modules())": "False"},
+    ),
+    "fused experts are passed over": (
+        test_fused_experts_are_refused_by_their_share,
+        {'"expert" in n and d == 3': "False"},
+    ),
+}

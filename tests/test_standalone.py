@@ -1,6 +1,10 @@
-"""Each reference file is short, needs torch alone, and works copied on its own."""
+"""Each reference file is short, needs torch alone, and works copied on its own.
+
+The script that runs peftlab/NAME.py alone is ALONE in tests/test_NAME.py.
+"""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +23,7 @@ GUARD = """
 import sys
 import torch
 
-allowed = {"lora", "numpy", *sys.stdlib_module_names}
+allowed = {*sys.argv[2:], "numpy", *sys.stdlib_module_names}
 allowed |= {name.partition(".")[0] for name in sys.modules}
 
 class Guard:
@@ -32,30 +36,6 @@ for name in ("transformers", "peft", "peftlab", "safetensors", "bitsandbytes"):
 sys.meta_path.insert(0, Guard())
 sys.path.insert(0, sys.argv[1])
 """
-SCRIPTS = {
-    "lora": """
-import lora
-from torch import nn
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-x = torch.randn(5, 6)
-plain = model(x)
-lora.add(model, ["0", "2"], r=2, dropout=0.1, bias="lora_only")
-assert torch.equal(model.eval()(x), plain)
-for _ in range(2):
-    model.zero_grad()
-    model(x).pow(2).sum().backward()
-    for p in lora.state_dict(model, keep_vars=True).values():
-        p.data -= 0.1 * p.grad
-tuned = model(x)
-assert not torch.allclose(tuned, plain)
-lora.load_state_dict(model, lora.state_dict(model))
-merged = lora.merge(model)
-assert [type(m).__name__ for m in merged] == ["Linear", "Tanh", "Linear"]
-assert torch.allclose(merged(x), tuned, atol=1e-5)
-""",
-}
-
 each_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -84,12 +64,18 @@ def test_a_reference_file_imports_torch_and_the_standard_library(name):
         assert not strange, f"{name}.py imports {strange}"
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@each_file
 def test_a_copy_alone_works_with_only_torch(name, tmp_path):
-    (tmp_path / f"{name}.py").write_bytes(FILES[name].read_bytes())
-    guard = GUARD.replace('"lora"', f'"{name}"')
+    copied = {name, *COMPOSED.get(name, ())}
+    folder = tmp_path / "mine" if len(copied) > 1 else tmp_path  # a package of its own
+    folder.mkdir(exist_ok=True)
+    for each in copied:
+        (folder / f"{each}.py").write_bytes(FILES[each].read_bytes())
+    script = importlib.import_module(f"test_{name}").ALONE
+    guard = "" if name == "prefix" else GUARD  # it takes the cache class
+    head = guard or "import sys; sys.path.insert(0, sys.argv[1])\n"
     run = subprocess.run(
-        [sys.executable, "-I", "-c", guard + SCRIPTS[name], str(tmp_path)],
+        [sys.executable, "-I", "-c", head + script, str(tmp_path), "mine", *copied],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -100,17 +86,12 @@ def test_a_copy_alone_works_with_only_torch(name, tmp_path):
 def test_the_guard_keeps_other_packages_out(tmp_path):
     (tmp_path / "lora.py").write_text("import transformers\n")
     run = subprocess.run(
-        [sys.executable, "-I", "-c", GUARD + "import lora", str(tmp_path)],
+        [sys.executable, "-I", "-c", GUARD + "import lora", str(tmp_path), "lora"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert "transformers is not in the standard library" in run.stderr
-
-
-@each_file
-def test_every_reference_file_is_run_on_its_own(name):
-    assert name in SCRIPTS, f"write a script that runs {name}.py alone, above"
 
 
 @pytest.mark.parametrize("function", WALK)
