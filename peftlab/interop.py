@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
 
 from peftlab import dora, ia3, lora, pissa, prefix, prompt, vera
@@ -86,12 +85,12 @@ DEFAULTS = {  # what load acts on, and peft's values where a file is silent
     "PREFIX_TUNING": dict(COMMON, num_virtual_tokens=None),
 }
 HARMLESS = {  # what says nothing about the numbers of a finished adapter
-    "": "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode peft_type"
-    " peft_version revision task_type",
-    "LORA": "ensure_weight_tying eva_config layers_pattern loftq_config megatron_core"
-    " qalora_group_size runtime_config",
-    "VERA": "d_initial init_weights layers_pattern vera_dropout",
-    "IA3": "init_ia3_weights",
+    "": "auto_mapping base_model_name_or_path inference_mode peft_type peft_version"
+    " revision task_type",
+    "LORA": "ensure_weight_tying eva_config fan_in_fan_out layers_pattern loftq_config"
+    " megatron_core qalora_group_size runtime_config",
+    "VERA": "d_initial fan_in_fan_out init_weights layers_pattern vera_dropout",
+    "IA3": "fan_in_fan_out init_ia3_weights",
     "PROMPT_TUNING": "num_attention_heads num_layers num_transformer_submodules"
     " prompt_tuning_init prompt_tuning_init_text token_dim tokenizer_kwargs"
     " tokenizer_name_or_path",
@@ -247,7 +246,9 @@ def _add(model, name, config, paths):
         settings = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora")
         return lora.add(model, paths, *(config[k] for k in settings))
     if name == "DoRA":
-        return dora.add(model, paths, config["r"], _scaling(config) * config["r"])
+        alpha = _scaling(config) * config["r"]  # with rsLoRA not what the file says
+        alpha = alpha if config["use_rslora"] else config["lora_alpha"]
+        return dora.add(model, paths, config["r"], alpha)
     if name == "PiSSA":
         return pissa.add(model, paths, config["r"])
     if name == "VeRA":
@@ -350,10 +351,10 @@ def _read(folder):
         raise ValueError(
             f"{folder / WEIGHTS} is truncated or damaged: {error}"
         ) from None
-    kind = config.get("peft_type") if isinstance(config, dict) else config
-    if not isinstance(kind, str) or kind not in DEFAULTS:
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in DEFAULTS:
         known = ", ".join(DEFAULTS)
-        raise ValueError(f"{folder} holds {kind!r}, not one of {known}")
+        raise ValueError(f"{folder} holds peft_type {kind!r}, not one of {known}")
     harmless = f"{HARMLESS['']} {HARMLESS[kind]}".split()
     for setting, value in config.items():
         unset = value is None or value is False or value in ([], {}, "none")

@@ -18,7 +18,16 @@ from common import (
     seeded,
     snapshot,
 )
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from test_lora import MODES, fill, peft_twin
 from torch import nn
@@ -450,7 +459,7 @@ def test_a_config_that_is_no_json_is_refused(text, folder):
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"LORA"', "{}"])
 def test_json_that_is_no_config_is_refused(text, folder):
     (folder / CONFIG).write_text(text)
-    refuses(MODELS["llama"](), folder, "not a LoRA adapter")
+    refuses(MODELS["llama"](), folder, "not one of")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, 0.5, -1])
@@ -520,7 +529,6 @@ def test_an_adapter_is_refused_where_there_is_one(folder):
         ("layers_to_transform", [0]),
         ("layers_to_transform", 0),
         ("layer_replication", [[0, 1], [0, 2]]),
-        ("use_dora", True),
         ("use_qalora", True),
         ("use_bdlora", {"target_modules_bd_a": []}),
         ("lora_bias", True),
@@ -530,7 +538,6 @@ def test_an_adapter_is_refused_where_there_is_one(folder):
         ("arrow_config", {"top_k": 3}),
         ("megatron_config", {"tp": 2}),
         ("corda_config", {"a": 1}),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
@@ -573,11 +580,25 @@ def test_a_setting_out_of_range_is_refused(setting, value, folder):
     refuses(MODELS["llama"](), folder, "")
 
 
-def test_every_field_of_pefts_config_is_known_or_refused(folder):
-    known = {*interop.DEFAULTS, *interop.HARMLESS}
-    fields = set(LoraConfig.__dataclass_fields__)
-    gone = known - fields - {"peft_version"}
+CONFIGS = dict(
+    LORA=LoraConfig,
+    VERA=VeraConfig,
+    IA3=IA3Config,
+    PROMPT_TUNING=PromptTuningConfig,
+    PREFIX_TUNING=PrefixTuningConfig,
+)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_field_of_pefts_config_is_known_or_refused(kind, folder):
+    known = {
+        *interop.DEFAULTS[kind],
+        *f"{interop.HARMLESS['']} {interop.HARMLESS[kind]}".split(),
+    }
+    fields = set(CONFIGS[kind].__dataclass_fields__)
+    gone = known - fields - {"peft_version", "exclude_modules", "target_modules"}
     assert not gone, f"peft no longer has these settings: {gone}"
+    (folder / CONFIG).write_text(json.dumps(dict(peft_type=kind)))
     for field in sorted(fields - known):
         rewrite(folder, **{field: "on"})
         refuses(MODELS["llama"](), folder, field)
@@ -585,17 +606,17 @@ def test_every_field_of_pefts_config_is_known_or_refused(folder):
 
 
 def test_another_kind_of_adapter_is_refused_by_its_name(tmp_path):
-    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    config = LoHaConfig(target_modules=["k_proj"])
     get_peft_model(MODELS["llama"](), config).save_pretrained(tmp_path)
-    refuses(MODELS["llama"](), tmp_path, "IA3")
+    refuses(MODELS["llama"](), tmp_path, "LOHA")
 
 
-def test_dora_rank_pattern_and_embeddings_by_peft_are_refused(tmp_path):
+def test_rank_pattern_embeddings_and_random_starts_by_peft_are_refused(tmp_path):
     for match, settings in (
-        ("use_dora", dict(use_dora=True)),
         ("rank_pattern", dict(rank_pattern={"q_proj": 2})),
         ("embedding", dict(targets=["q_proj", "embed_tokens"])),
-        ("pissa", dict(init_lora_weights="pissa")),
+        ("pissa_niter_4", dict(init_lora_weights="pissa_niter_4")),
+        ("olora", dict(init_lora_weights="olora")),
     ):
         twin = peft_twin(MODELS["llama"](), **{"targets": ["q_proj"], **settings})
         twin.save_pretrained(tmp_path)

@@ -1,0 +1,391 @@
+"""The files of DoRA, PiSSA, VeRA, IA3, prompts and prefixes, both ways with peft."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from common import (
+    BATCH,
+    MODELS,
+    assert_one_sentence,
+    assert_unchanged,
+    bert,
+    jiggle,
+    seeded,
+    snapshot,
+    t5,
+)
+from safetensors.torch import load_file, save_file
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM
+
+from peftlab import dora, ia3, interop, lora, pissa, prefix, prompt, several, vera
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EVERY = {**MODELS, "t5": t5}
+TARGETS = {  # an attention layer or two, and the feed-forward block's second layer
+    "tiny-decoder": (["k_proj", "v_proj"], ["down_proj"]),
+    "llama": (["k_proj", "v_proj"], ["down_proj"]),
+    "bert": (["key", "value"], ["layer.0.output.dense", "layer.1.output.dense"]),
+    "bert-model": (["key", "value"], ["layer.0.output.dense", "layer.1.output.dense"]),
+    "gpt2": (["c_attn"], ["mlp.c_proj"]),
+    "t5": (["k", "v"], ["wo"]),
+}
+MODULES = dict(dora=dora, pissa=pissa, vera=vera, ia3=ia3, prompt=prompt, prefix=prefix)
+TREE = ("dora", "pissa", "vera", "ia3")
+SOFT = [
+    (kind, name)
+    for kind in ("prompt", "prefix")
+    for name in ("tiny-decoder", "llama", "gpt2", "t5", "bert", "bert-model")
+    if kind == "prompt" or "bert" not in name
+]
+TASKS = {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS", "bert-model": "FEATURE_EXTRACTION"}
+
+
+def answers(model):
+    labels = {}
+    inner = getattr(model, "base_model", model)
+    if inner.config.is_encoder_decoder:
+        labels = dict(labels=BATCH["input_ids"] % 7)
+    with torch.no_grad():
+        out = model.eval()(**BATCH, **labels)
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+def assert_equal(got, want):
+    gap, size = (got - want).abs().max(), want.abs().max()
+    assert gap <= 2e-6 * max(1, size), f"the outputs differ by {gap:.1e} of {size:.1e}"
+
+
+def head_of(model):
+    return [*getattr(model, "classifier", torch.nn.Module()).parameters()]
+
+
+def ours(kind, name, plain):
+    """A model with the method on it, and its head if it has one, as after training."""
+    model, (outputs, inputs) = copy.deepcopy(plain), TARGETS[name]
+    module, targets = MODULES[kind], [*outputs, *inputs]
+    if kind == "ia3":
+        module.add(model, outputs, inputs)
+    elif kind == "dora":
+        module.add(model, targets, r=3, alpha=6)
+    elif kind in ("pissa", "vera"):
+        module.add(model, targets, r=4)
+    else:
+        model = module.add(model, 3)
+    jiggle([*module.state_dict(model).values(), *head_of(model)])
+    return model
+
+
+def theirs(kind, name, plain, **more):
+    """peft's model with the method on it, as after training."""
+    outputs, inputs = TARGETS[name]
+    task = dict(task_type=TASKS.get(name, "CAUSAL_LM"))
+    tree = dict(target_modules=[*outputs, *inputs], **task)
+    soft = dict(num_virtual_tokens=3, **task)
+    config = {
+        "dora": lambda: peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, **tree),
+        "pissa": lambda: peft.LoraConfig(
+            r=4, lora_alpha=8, init_lora_weights="pissa", **tree
+        ),
+        "vera": lambda: peft.VeraConfig(r=4, projection_prng_key=7, **tree, **more),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=inputs, **tree),
+        "prompt": lambda: peft.PromptTuningConfig(**soft, **more),
+        "prefix": lambda: peft.PrefixTuningConfig(**soft, **more),
+    }[kind]()
+    model = peft.get_peft_model(copy.deepcopy(plain), config)
+    jiggle(p for p in model.parameters() if p.requires_grad)
+    return model
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("kind", TREE)
+def test_peft_loads_what_we_save(kind, name, tmp_path, recwarn):
+    plain = EVERY[name]()
+    model = ours(kind, name, plain)
+    interop.save(model, tmp_path)
+    want = answers(model)
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    said = [str(w.message) for w in recwarn if "adapter keys" in str(w.message)]
+    assert not said, f"peft misses tensors or finds too many: {said}"
+    assert (want - answers(plain)).abs().max() > 1e-3, "the adapter does nothing"
+    assert_equal(answers(twin), want)
+    assert_equal(answers(interop.load(copy.deepcopy(plain), tmp_path)), want)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("kind", TREE)
+def test_we_load_what_peft_saves(kind, name, tmp_path):
+    plain = EVERY[name]()
+    twin = theirs(kind, name, plain)
+    twin.save_pretrained(tmp_path)
+    model = interop.load(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(model), answers(twin))
+    own = MODULES[kind].state_dict(model)
+    trains = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trains) == len(own), "more trains than the adapter"
+
+
+@pytest.mark.parametrize("kind, name", SOFT)
+def test_soft_prompts_go_both_ways(kind, name, tmp_path):
+    plain = EVERY[name]()
+    model = ours(kind, name, plain)
+    interop.save(model, tmp_path / "ours")
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert_equal(answers(twin), answers(model))
+    twin = theirs(kind, name, plain)
+    twin.save_pretrained(tmp_path / "theirs")
+    back = interop.load(copy.deepcopy(plain), tmp_path / "theirs")
+    assert_equal(answers(back), answers(twin))
+    assert type(back) is type(model)
+    trains = [n for n, p in back.named_parameters() if p.requires_grad]
+    assert trains == ["prompt_embeddings"]
+
+
+def test_a_prompt_on_both_stacks_of_a_t5_goes_both_ways(tmp_path):
+    plain = t5()
+    model = prompt.add(copy.deepcopy(plain), 3, decoder=True)
+    jiggle(prompt.state_dict(model).values())
+    interop.save(model, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["prompt_embeddings"].shape == (6, 32)
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(twin), answers(model))
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(model))
+
+
+def test_a_prefix_with_a_network_is_saved_without_it(tmp_path):
+    plain = MODELS["llama"]()
+    model = prefix.add(copy.deepcopy(plain), 3, hidden=7)
+    jiggle(p for p in model.parameters() if p.requires_grad)
+    interop.save(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {
+        "prompt_embeddings": (3, 32)  # 2 layers, keys and values, one head of 8
+    }
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(twin), answers(model))
+    more = dict(prefix_projection=True, encoder_hidden_size=7)
+    twin = theirs("prefix", "llama", plain, **more)
+    twin.save_pretrained(tmp_path)
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+
+
+def test_vera_is_read_from_its_seed_alone(tmp_path):
+    plain = MODELS["llama"]()
+    twin = theirs("vera", "llama", plain, save_projection=False)
+    twin.save_pretrained(tmp_path)
+    assert not [n for n in load_file(tmp_path / WEIGHTS) if "vera_A" in n]
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+
+
+def test_veras_shared_matrices_are_read_where_the_file_has_them(tmp_path):
+    plain = MODELS["llama"]()
+    interop.save(ours("vera", "llama", plain), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.vera_A"] *= 1.5
+    save_file(tensors, tmp_path / WEIGHTS)
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    model = interop.load(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(model), answers(twin))
+    interop.save(model, tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert torch.equal(again["base_model.vera_A"], tensors["base_model.vera_A"])
+    tensors["base_model.vera_B"] = tensors["base_model.vera_B"][:-1].clone()
+    save_file(tensors, tmp_path / WEIGHTS)
+    refuses(plain, tmp_path, "vera_B")
+
+
+def test_a_pissa_is_written_as_a_lora_of_twice_the_rank(tmp_path):
+    plain = MODELS["llama"]()
+    model = ours("pissa", "llama", plain)
+    interop.save(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
+    assert (config["r"], config["lora_alpha"]) == (8, 8)
+    assert config["init_lora_weights"] is True and not config["use_rslora"]
+    back = interop.load(plain, tmp_path)
+    assert lora.state_dict(back), "the file is a LoRA's, and is read as one"
+
+
+def test_pefts_converted_pissa_is_read_as_the_lora_that_it_is(tmp_path):
+    plain = MODELS["llama"]()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj"]
+    )
+    twin = peft.get_peft_model(copy.deepcopy(plain), config)
+    twin.peft_config["default"].init_lora_weights = True
+    twin.save_pretrained(tmp_path / "start")
+    twin.peft_config["default"].init_lora_weights = "pissa"
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    twin.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    model = interop.load(plain, tmp_path / "end")
+    assert lora.state_dict(model)
+    assert_equal(answers(model), answers(twin))
+
+
+def test_a_dora_with_rslora_scales_as_peft_does(tmp_path):
+    plain = MODELS["llama"]()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_dora=True, use_rslora=True, target_modules=["q_proj"]
+    )
+    twin = peft.get_peft_model(copy.deepcopy(plain), config)
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    twin.save_pretrained(tmp_path)
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+
+
+@pytest.mark.parametrize("kind", ["dora", "vera", "ia3", "prompt"])
+def test_a_classifiers_head_goes_along(kind, tmp_path):
+    plain = bert()
+    twin = theirs(kind, "bert", plain)
+    twin.save_pretrained(tmp_path)
+    model = interop.load(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(model), answers(twin))
+    assert (head_of(model)[0] - head_of(plain)[0]).abs().max() > 1e-3
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors[next(n for n in tensors if n.endswith("classifier.bias"))]
+    save_file(tensors, tmp_path / WEIGHTS)
+    refuses(plain, tmp_path, "classifier.bias")
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_a_head_that_is_asked_for_goes_both_ways(kind, tmp_path):
+    plain = MODELS["llama"]()
+    model = ours(kind, "llama", plain)
+    jiggle(model.lm_head.parameters())
+    interop.save(model, tmp_path, heads=("lm_head",))
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(twin), answers(model))
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(model))
+
+
+@pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
+def test_saving_and_loading_many_times_gives_the_same_bytes(kind, tmp_path):
+    plain = MODELS["llama"]()
+    interop.save(ours(kind, "llama", plain), tmp_path / "one")
+    again = interop.load(copy.deepcopy(plain), tmp_path / "one")
+    interop.save(again, tmp_path / "two")
+    for name in (CONFIG, WEIGHTS):
+        one, two = (tmp_path / k / name for k in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_active_one_of_several_is_what_is_saved(tmp_path):
+    plain = MODELS["llama"]()
+    model = copy.deepcopy(plain)
+    for seed, name in enumerate(("fi", "de")):
+        several.add(model, name, ["q_proj"], r=2)
+        jiggle(lora.state_dict(model).values(), seed)
+        interop.save(model, tmp_path / name)
+    want = answers(several.switch(model, "fi"))
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "fi")
+    assert_equal(answers(twin), want)
+
+
+# Bad input: one sentence, and the model as it was
+
+
+def refuses(model, folder, match):
+    next(model.parameters()).requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=match) as error:
+        interop.load(model, folder)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
+@pytest.mark.parametrize("change", ["missing", "more", "shape", "empty", "truncated"])
+def test_tensors_that_do_not_fit_are_refused(change, kind, tmp_path):
+    plain = MODELS["llama"]()
+    theirs(kind, "llama", plain).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    last = max(tensors)
+    if change == "missing":
+        del tensors[min(tensors)]
+    elif change == "more":
+        tensors["base_model.model.model.norm.weight"] = torch.ones(32)
+    elif change == "shape":
+        tensors[last] = torch.ones(*tensors[last].shape, 2)
+    elif change == "empty":
+        tensors = {}
+    save_file(tensors, tmp_path / WEIGHTS)
+    if change == "truncated":
+        content = (tmp_path / WEIGHTS).read_bytes()
+        (tmp_path / WEIGHTS).write_bytes(content[: len(content) // 2])
+    refuses(plain, tmp_path, "")
+
+
+@pytest.mark.parametrize("kind", [*TREE, "prefix"])
+@pytest.mark.parametrize(
+    "other", [dict(hidden_size=48), dict(num_hidden_layers=1)], ids=str
+)
+def test_an_adapter_for_another_model_is_refused(other, kind, tmp_path):
+    theirs(kind, "llama", MODELS["llama"]()).save_pretrained(tmp_path)
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=64)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1)
+    config = LlamaConfig(**{**sizes, "attention_bias": True, **other})
+    if kind == "prefix" and "hidden_size" in other:
+        config.num_key_value_heads = 2
+    refuses(LlamaForCausalLM(config), tmp_path, "another model")
+
+
+@pytest.mark.parametrize(
+    "kind, setting, value",
+    [
+        ("dora", "bias", "all"),
+        ("dora", "r", 5),
+        ("dora", "lora_alpha", -1),
+        ("pissa", "bias", "lora_only"),
+        ("pissa", "init_lora_weights", "pissa_niter_4"),
+        ("pissa", "r", 0),
+        ("vera", "bias", "all"),
+        ("vera", "layers_to_transform", [0]),
+        ("vera", "r", 3),
+        ("vera", "r", "4"),
+        ("vera", "projection_prng_key", -1),
+        ("vera", "projection_prng_key", None),
+        ("ia3", "feedforward_modules", []),
+        ("ia3", "feedforward_modules", ["v_proj"]),
+        ("ia3", "target_modules", ["k_proj"]),
+        ("ia3", "exclude_modules", ["k_proj"]),
+        ("prompt", "num_virtual_tokens", 4),
+        ("prompt", "num_virtual_tokens", None),
+        ("prompt", "num_virtual_tokens", "3"),
+        ("prefix", "num_virtual_tokens", 0),
+        ("prefix", "peft_type", "P_TUNING"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_not_fit_is_refused(kind, setting, value, tmp_path):
+    plain = MODELS["llama"]()
+    theirs(kind, "llama", plain).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
+    (tmp_path / CONFIG).write_text(json.dumps({**config, setting: value}), "utf8")
+    refuses(plain, tmp_path, "")
+
+
+def test_an_adapter_is_refused_where_there_is_one_of_its_kind(tmp_path):
+    for kind in TREE:
+        plain = MODELS["llama"]()
+        theirs(kind, "llama", plain).save_pretrained(tmp_path)
+        model = interop.load(plain, tmp_path)
+        refuses(model, tmp_path, "")
+
+
+def test_two_kinds_at_once_do_not_go_into_one_folder(tmp_path):
+    model = lora.add(MODELS["llama"](), ["q_proj"])
+    ia3.add(model, ["k_proj"])
+    with pytest.raises(ValueError, match="LoRA and IA3") as error:
+        interop.save(model, tmp_path / "new")
+    assert_one_sentence(error)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_bare_encoder_keeps_its_own_task(tmp_path):
+    model = prompt.add(seeded(bert(BertModel)), 2)
+    interop.save(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
+    assert config["task_type"] == "FEATURE_EXTRACTION"
