@@ -5,6 +5,8 @@ WORKERS ?= 2
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 BOOK := _build/html/.book-done
+# The adapters library needs an older transformers: an environment of its own.
+HUB := .venv-adapterhub
 # One thread for each worker: two workers share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1
@@ -13,7 +15,7 @@ BOOK_SOURCES := _config.yml _toc.yml book/. notebooks/. \
 	$(wildcard notebooks/*.ipynb peftlab/*.py) \
 	$(shell find book -mindepth 1 -not -path '*/__pycache__*' -not -path book/_ext)
 
-.PHONY: help setup book serve test notebooks student models results
+.PHONY: help setup book serve test notebooks student models results adapterhub
 .DELETE_ON_ERROR:
 
 help:  ## show these verbs
@@ -70,3 +72,13 @@ models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 
 results: $(SETUP)  ## run the long sweeps again (an hour)
 	$(BIN)/python -m experiments.run
+
+adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
+	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)
+
+$(HUB)/.setup-done: tools/adapterhub.txt
+	@test -x $(HUB)/bin/python || { echo "Making $(HUB)"; $(PYTHON) -m venv $(HUB); }
+	@echo "Installing the adapters library (a minute the first time)"
+	@$(HUB)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-r tools/adapterhub.txt
+	@touch $@
