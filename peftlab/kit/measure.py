@@ -2,6 +2,7 @@
 memory."""
 
 import contextlib
+import copy
 import os
 import platform
 import statistics
@@ -51,6 +52,59 @@ def parameters(model):
     """(trainable, all) parameter counts of a model, on any device, also on meta."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def count(config, add=None, *args, dtype=torch.float32, kind=None, **settings):
+    """What a method would train on a model of a given shape: none of its memory is
+    used and nothing is downloaded, as the model is built on torch's meta device.
+
+    config: a transformers config with the sizes filled in, e.g. LlamaConfig(...). add:
+    a method's verb, called as add(model, *args, **settings), e.g. `lora.add`; without
+    one everything trains. dtype: of the base's weights. kind: the model's head,
+    "causal", "seq2seq", "masked" or "base" for none, by default what the config's
+    `architectures` or class says (BERT and its kin: "base"). Returns {trainable, base,
+    total: numbers of parameters, total with what was added; trainable_bytes; share:
+    trainable / base}. Raises ValueError for what is not a config, a head that the model
+    does not come with, an add that gives no model, and whatever `add` refuses."""
+    if add is not None and not callable(add):
+        raise ValueError(f"add must be a function such as lora.add, not {add!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be one such as torch.bfloat16, not {dtype!r}")
+    model = _on_meta(config, dtype, kind)
+    base = parameters(model)[1]
+    model = add(model, *args, **settings) if add else model
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"add must return a model, not {type(model).__name__}")
+    trainable, total = parameters(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in trained)
+    counts = dict(trainable=trainable, base=base, total=total)
+    return counts | dict(trainable_bytes=size, share=trainable / base)
+
+
+def _on_meta(config, dtype, kind):
+    """A model of that config, without a byte of weights."""
+    import transformers as tf
+
+    if not isinstance(config, tf.PreTrainedConfig):
+        raise ValueError(f"count needs a config such as LlamaConfig(), not {config!r}")
+    heads = dict(seq2seq=tf.AutoModelForSeq2SeqLM, causal=tf.AutoModelForCausalLM)
+    heads |= dict(masked=tf.AutoModelForMaskedLM, base=tf.AutoModel)
+    if kind not in (None, *heads):
+        raise ValueError(f"kind must be one of {', '.join(heads)}, not {kind!r}")
+    fits = [k for k, auto in heads.items() if type(config) in auto._model_mapping]
+    named = getattr(tf, (config.architectures or [""])[0], None)
+    if kind is None and named is None:
+        # BERT comes with a causal head too, but is seldom meant with it.
+        guesses = [k for k in fits if k != "causal" or "masked" not in fits]
+        kind = next((k for k in guesses if k != "masked"), "base")
+    if kind is not None and kind not in fits:
+        name = type(config).__name__
+        raise ValueError(f"a {name} has no {kind!r} model; it has {fits or 'none'}")
+    config = copy.deepcopy(config)  # building a model writes into its config
+    with torch.device("meta"):
+        build = heads[kind].from_config if kind else named
+        return build(config).to(dtype)
 
 
 def nbytes(tensors):

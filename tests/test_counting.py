@@ -1,0 +1,219 @@
+"""Counting what a method trains, and the page of the papers' figures made from it."""
+
+import re
+import time
+from fractions import Fraction
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    T5Config,
+)
+
+from experiments import paper_tables
+from experiments.paper_notes import INTRODUCTIONS, NOTES
+from experiments.paper_rows import GROUPS, OPEN
+from peftlab import lora, prompt
+from peftlab.kit import measure
+from tests.common import assert_one_sentence
+
+SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+FITS = ("equal", "rounds")
+LLAMA = LlamaConfig(**SMALL, num_attention_heads=4)
+
+
+def test_the_count_is_that_of_a_model_with_memory():
+    model = LlamaForCausalLM(LLAMA)
+    base = measure.parameters(model)[1]
+    lora.add(model, ["q_proj", "down_proj"], r=3)
+    tensors = lora.state_dict(model)
+    found = measure.count(LLAMA, lora.add, ["q_proj", "down_proj"], r=3)
+    trainable = sum(t.numel() for t in tensors.values())
+    want = dict(trainable=trainable, base=base, total=base + trainable)
+    assert found == want | dict(
+        trainable_bytes=measure.nbytes(tensors), share=trainable / base
+    )
+
+
+def test_without_a_method_everything_trains():
+    found = measure.count(LLAMA)
+    assert found["trainable"] == found["base"] == found["total"]
+    assert found["share"] == 1 and found["trainable_bytes"] == 4 * found["base"]
+
+
+def test_bytes_are_those_of_what_trains_not_of_the_base():
+    half = measure.count(LLAMA, dtype=torch.bfloat16)
+    assert half["trainable_bytes"] == 2 * half["base"]
+    found = measure.count(LLAMA, lora.add, ["q_proj"], r=2, dtype=torch.bfloat16)
+    assert found["trainable_bytes"] == 4 * found["trainable"], "LoRA is float32"
+
+
+def test_a_wrapper_counts_with_its_model():
+    found = measure.count(LLAMA, prompt.add, 7)
+    assert found["trainable"] == 7 * 32
+    assert found["total"] == found["base"] + 7 * 32
+
+
+def test_the_config_is_left_as_it_was():
+    config = LlamaConfig(**SMALL, num_attention_heads=4)
+    before = config.to_dict()
+    measure.count(config, lora.add, ["q_proj"], dtype=torch.bfloat16)
+    assert config.to_dict() == before
+
+
+def test_the_head_is_guessed_named_or_taken_from_the_architectures():
+    tiny = dict(SMALL, num_attention_heads=4)
+    bare = measure.count(BertConfig(**tiny))["base"]
+    assert measure.count(BertConfig(**tiny), kind="base")["base"] == bare
+    masked = measure.count(BertConfig(**tiny), kind="masked")["base"]
+    named = BertConfig(**tiny, architectures=["BertForMaskedLM"])
+    assert measure.count(named)["base"] == masked != bare
+    sizes = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    for config, kind in (
+        (LLAMA, "causal"),
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4), "causal"),
+        (T5Config(vocab_size=40, **sizes), "seq2seq"),
+        (MarianConfig(vocab_size=40, d_model=32, pad_token_id=0), "seq2seq"),
+    ):
+        assert measure.count(config) == measure.count(config, kind=kind)
+
+
+def test_a_65b_model_is_counted_in_no_time_and_no_memory():
+    config = LlamaConfig(
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        intermediate_size=22016,
+    )
+    found = []
+
+    def work():
+        found.append(measure.count(config, lora.add, "all-linear", r=64))
+
+    begun = time.perf_counter()
+    assert measure.peak_memory(work) < 1e6 or torch.cuda.is_available()
+    assert time.perf_counter() - begun < 30, "it takes about a second"
+    assert found[0]["base"] == 65_285_660_672
+
+
+@pytest.mark.parametrize(
+    "config, settings, words",
+    [
+        ("meta-llama/Llama-2-7b-hf", {}, "needs a config"),
+        (LlamaConfig, {}, "needs a config"),
+        (LLAMA, dict(kind="decoder"), "kind must be one of"),
+        (LLAMA, dict(kind="masked"), "has no 'masked' model"),
+        (LLAMA, dict(add=lora), "such as lora.add"),
+        (LLAMA, dict(dtype="bfloat16"), "torch.bfloat16"),
+        (LLAMA, dict(dtype=torch.int8), "torch.bfloat16"),
+        (LLAMA, dict(add=lambda model: None), "must return a model"),
+        (LLAMA, dict(add=lora.add, targets=["query"]), "no linear layer is named"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(config, settings, words):
+    with pytest.raises(ValueError, match=words) as error:
+        measure.count(config, **settings)
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "printed, value, word",
+    [
+        ("10,240", 10_240, "equal"),
+        ("10,420", 10_240, "differs"),
+        ("0.3M", 294_912, "rounds"),
+        ("0.3M", 300_000, "equal"),
+        ("301.9M", 301_989_888, "cut off"),
+        ("302.1M", 301_989_888, "differs"),
+        ("110M", 109_482_240, "rounds"),
+        ("110.0M", 109_482_240, "differs"),
+        ("540K", 540_672, "cut off"),
+        ("540K", 543_000, "rounds"),
+        ("65.2B", 65_285_660_672, "cut off"),
+        ("2.4M", 2_350_000, "rounds"),
+        ("10,000×", 9_251, "rounds"),
+        ("0.01307%", 0.00013074, "rounds"),
+        ("0.01907%", 0.00013074, "differs"),
+    ],
+)
+def test_a_printed_figure_is_judged(printed, value, word):
+    assert paper_tables.verdict(printed, Fraction(value)) == word
+
+
+def test_a_figure_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match="cannot read"):
+        paper_tables.verdict("about 5M", 5)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return paper_tables.counted()
+
+
+ROWS = [(group, i) for group in GROUPS for i in range(len(group.rows))]
+
+
+@pytest.mark.parametrize("group, i", ROWS, ids=[f"{g.title}-{i}" for g, i in ROWS])
+def test_what_is_built_has_the_count_worked_out_by_hand(counted, group, i):
+    row, values = dict((g.title, rows) for g, rows in counted)[group.title][i]
+    assert values["trainable"] == row.formula, f"{row.setting}: {values}"
+    words = paper_tables.judge(row, values).values()
+    assert {*words} <= {*FITS} or row.note, (
+        f"{row.setting}: {row.printed} printed, {values}: a note must say why"
+    )
+
+
+def test_eighty_figures_and_more_are_equal_or_rounded(counted):
+    words = [
+        word
+        for group, rows in counted
+        for pair in rows
+        for word in paper_tables.judge(*pair).values()
+    ]
+    assert len(words) >= 180
+    assert sum(w in FITS for w in words) >= 140
+
+
+def test_only_what_stands_among_the_unexplained_is_not_built():
+    unbuilt = [r for g in GROUPS for r in g.rows if r.config is None]
+    assert unbuilt and all(row in OPEN for row in unbuilt)
+
+
+def test_every_note_and_introduction_is_used():
+    assert {r.note for g in GROUPS for r in g.rows} - {""} == NOTES.keys()
+    assert {g.title for g in GROUPS} == INTRODUCTIONS.keys()
+
+
+EQUATION = re.compile(r"([\d(][\d,.·+/() ]*) = (\d[\d,]*(?:\.\d+)?[%×]?)")
+SHARE = re.compile(r"(\d[\d,]*) of (\d[\d,]*) is ([\d.]+%)")
+
+
+def worked(text):
+    """The value of an expression of a note, exactly."""
+    numbers = re.sub(r"[\d,]+", lambda m: f"Fraction({m[0].replace(',', '')})", text)
+    return eval(numbers.replace("·", "*"), {"Fraction": Fraction})
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_the_arithmetic_of_a_note_is_right(name):
+    text = " ".join(NOTES[name].split())
+    found = EQUATION.findall(text)
+    sums = [(worked(left), right.rstrip(",")) for left, right in found]
+    sums += [(worked(f"{a} / {b}"), share) for a, b, share in SHARE.findall(text)]
+    wrong = [s for s in sums if paper_tables.verdict(s[1], s[0]) not in FITS]
+    assert not wrong
+
+
+def test_most_notes_have_arithmetic():
+    assert sum(len(EQUATION.findall(" ".join(t.split()))) for t in NOTES.values()) > 20
+
+
+def test_the_page_is_what_the_code_writes_now(counted):
+    stored = paper_tables.FILE.read_text("utf8")
+    fresh = paper_tables.page(counted)
+    assert stored == fresh, "run `python -m experiments.paper_tables`"
