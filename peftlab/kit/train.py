@@ -45,15 +45,27 @@ def batches(records, size, seed=0):
         queue = queue[size:]
 
 
-def train(model, tokenizer, records, steps, lr, batch_size=20, seed=0, progress=True):
+def train(
+    model,
+    tokenizer,
+    records,
+    steps,
+    lr,
+    batch_size=20,
+    seed=0,
+    progress=True,
+    groups=None,
+):
     """Train what is trainable in a causal model on the answers of `records`, with
     AdamW.
 
     lr: the peak learning rate, reached after 10% of the steps and falling linearly to
     zero after that. Batches are drawn anew each time all records have been seen.
-    Returns the loss of each step, a list of floats. The progress bar shows only on a
-    terminal, so it never lands in a notebook's stored outputs. Raises ValueError where
-    nothing is trainable or there are no records."""
+    groups: AdamW's parameter groups, each with a rate of its own, in place of one group
+    at lr (`lora_plus.parameter_groups` makes such). Returns the loss of each step, a
+    list of floats. The progress bar shows only on a terminal, so it never lands in a
+    notebook's stored outputs. Raises ValueError where nothing is trainable or there are
+    no records."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(
@@ -63,7 +75,7 @@ def train(model, tokenizer, records, steps, lr, batch_size=20, seed=0, progress=
         raise ValueError("train needs at least one record and one step")
     torch.manual_seed(seed)
     source, losses = batches(records, batch_size, seed), []
-    optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups or trainable, lr, weight_decay=0.0)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
