@@ -12,9 +12,10 @@ $$ y = \frac{m}{\lVert W + s\,BA \rVert} \odot (W x + s\,B A x) + \mathrm{bias},
 | $m$ | (out,) | `dora_m` | $\lVert W \rVert$, so step 0 changes nothing |
 
 The norm is of each row of (out, in), one an output; the paper's W lies the other way,
-so it says columns. It is a constant to the gradient (section 4.3). peft builds BA to
-measure W + sBA; we expand the square, which needs neither. Not here: dropout, rsLoRA,
-embeddings, a packed (4- or 8-bit) base.
+so it says columns. It is a constant to the gradient (section 4.3). Measuring W + sBA
+whole costs one (out, in) matrix; the square expanded would need none, but where sBA
+nearly cancels a row it is all rounding. Not here: dropout, rsLoRA, embeddings, a packed
+(4- or 8-bit) base.
 """
 
 import math
@@ -42,12 +43,9 @@ class DoRALinear(nn.Module):
 
     @torch.no_grad()  # section 4.3: a constant to the gradient
     def norm(self):
-        r"""(out,): $\sqrt{\lVert w\rVert^2 + 2s\,wA^\top b + s^2 b\,(AA^\top) b}$."""
-        a, b = self.lora_A, self.scaling * self.lora_B
-        w = self.matrix.to(a.dtype)
-        square = torch.linalg.vector_norm(w, dim=1).square()
-        square += ((2 * (w @ a.T) + b @ (a @ a.T)) * b).sum(1)
-        return square.clamp_min(torch.finfo(a.dtype).tiny).sqrt()  # a row may be zero
+        r"""(out,): each row's length in $W + sBA$, a tiny one for a row of zeros."""
+        w = self.matrix + self.scaling * (self.lora_B @ self.lora_A)  # (out, in)
+        return torch.linalg.vector_norm(w, dim=1).clamp_min(torch.finfo(w.dtype).tiny)
 
     def forward(self, x):  # (..., in) -> (..., out)
         y, bias = nn.functional.linear(x, self.matrix), self.base.bias

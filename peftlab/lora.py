@@ -12,7 +12,8 @@ $$ y = W x + s\,B A x, \qquad s = \alpha / r, \text{ with rsLoRA } \alpha / \sqr
 
 A and B are float32 over a 16-bit or packed base. No mode changes a weight; `merge` is a
 verb. The paper draws A from a Gaussian; we, as peft does, from Kaiming's uniform. Not
-here: embeddings, convolutions, `nn.MultiheadAttention` (it never calls its layer).
+here: embeddings, convolutions, `nn.MultiheadAttention` and the fast path of
+`nn.TransformerEncoderLayer`, which read a layer's weight and never call it.
 """
 
 import math
@@ -36,7 +37,6 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     weight = property(lambda self: self.base.weight)  # T5 asks a layer for its dtype
-    bias = property(lambda self: self.base.bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)

@@ -1,7 +1,6 @@
 r"""VeRA, vector-based random matrix adaptation: Kopiczko et al. 2023, arXiv 2310.11454.
 
-All layers share one pair of frozen random matrices; each trains only two vectors
-(section 3.1, eq. 2):
+All layers share two frozen random matrices; each trains only two vectors (3.1, eq. 2):
 
 $$ y = W x + \Lambda_b B \Lambda_d A x $$
 
@@ -71,7 +70,8 @@ def shared(n_in, n_out, r, seed):
     dice, pair = torch.Generator().manual_seed(seed), []
     for shape in ((r, n_in), (n_out, r)):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # peft's order
-        pair.append(torch.empty(shape).uniform_(-bound, bound, generator=dice))
+        t = torch.empty(shape, dtype=torch.float32, device="cpu")  # not the default
+        pair.append(t.uniform_(-bound, bound, generator=dice))
     return pair
 
 

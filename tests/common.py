@@ -157,3 +157,42 @@ def assert_same(got, want, what):
     """Equal to 1e-5, and to 1e-5 of the largest where numbers are above 1."""
     gap, size = (got - want).abs().max(), want.abs().max()
     assert gap <= 1e-5 * max(1, size), f"{what} differs from peft's by {gap:.1e}"
+
+
+def outputs(model):
+    """All outputs in a row; a decoder beside an encoder reads the same ids."""
+    two = getattr(model.config, "is_encoder_decoder", False)
+    more = dict(decoder_input_ids=BATCH["input_ids"]) if two else {}
+    found = model(**BATCH, **more).values()
+    return torch.cat([t.flatten() for t in found if torch.is_tensor(t)])
+
+
+def assert_same_training(model, own, twin, theirs, steps=2):
+    """The same outputs, gradients and tensors before, between and after SGD steps; own
+    and theirs are {name: parameter}, by our names, of our model and of peft's."""
+    assert own.keys() == theirs.keys(), "not the same parameters are trained"
+    theirs = {name: theirs[name] for name in own}
+    for step in range(steps + 1):
+        rows, gradients = [], []
+        for m, parameters in ((model, own), (twin, theirs)):
+            torch.manual_seed(step)  # the same dropout where there is some
+            rows.append(row := outputs(m))
+            loss = (row * torch.cos(torch.arange(len(row)))).sum() / len(row) ** 0.5
+            gradients.append(torch.autograd.grad(loss, [*parameters.values()]))
+        assert_same(*rows, f"step {step}: the output")
+        for name, ours, peft in zip(own, *gradients, strict=True):
+            assert_same(own[name], theirs[name], f"step {step}: {name}")
+            assert_same(ours, peft, f"step {step}: the gradient of {name}")
+        largest = max(g.abs().max() for g in gradients[0])
+        assert 0.05 < largest < 20, f"gradients of {largest:.1g} would prove little"
+        for parameters, found in zip((own, theirs), gradients, strict=True):
+            for p, g in zip(parameters.values(), found, strict=True):
+                p.data -= 0.01 * g
+
+
+def assert_same_merged(merged, theirs):
+    """Two plain models with the same weights: ours merged, and peft's."""
+    wanted = theirs.state_dict()
+    assert merged.state_dict().keys() == wanted.keys()
+    for name, t in merged.state_dict().items():
+        assert_same(t, wanted[name], f"the merged {name}")

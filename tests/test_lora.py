@@ -289,6 +289,13 @@ def test_all_linear_leaves_out_a_classifier_and_a_score(lora):
         assert got == {"dense"}, f"all-linear must leave out the head: {got}"
 
 
+def test_a_parent_that_never_calls_its_layers_is_loud(lora):
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    lora.add(block, ["linear1", "linear2"], r=2)
+    with torch.no_grad(), pytest.raises(AttributeError, match="bias"):
+        block(torch.randn(2, 3, 8))  # its fast path would leave LoRA out, unsaid
+
+
 def test_a_target_matches_whole_names_from_the_end(lora):
     def chosen(*targets):
         model = nn.ModuleDict(
@@ -796,6 +803,13 @@ MUTATIONS = {
     "a target matches the end of a name": (
         test_a_target_matches_whole_names_from_the_end,
         {'endswith(f".{t}")': 'endswith(f"{t}")'},
+    ),
+    "a fast path finds all that it needs": (
+        test_a_parent_that_never_calls_its_layers_is_loud,
+        {
+            "    weight = property(": "    bias = property(lambda self: self.base.bias)\n"
+            "    weight = property("
+        },
     ),
     "LoRA goes on LoRA": (
         test_adding_twice_is_refused,

@@ -1,0 +1,513 @@
+"""PiSSA's laws, and the same numbers as peft: split, forward, backward, as a LoRA.
+
+A law that takes only `pissa`, the module, is run again by tests/test_mutations.py on
+broken copies of pissa.py. What holds for other methods too is in test_every_method.py.
+"""
+
+import copy
+
+import pytest
+import test_every_method as every
+import torch
+from common import (
+    ALL,
+    IDS,
+    MODELS,
+    assert_one_sentence,
+    assert_same,
+    assert_same_merged,
+    assert_same_training,
+    assert_unchanged,
+    jiggle,
+    net,
+    outputs,
+    snapshot,
+    t5,
+    train,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_lora import packed
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftlab import lora
+from peftlab import pissa as reference
+
+
+@pytest.fixture
+def pissa():
+    return reference
+
+
+def bases(dtype=torch.float64):
+    """Linears of several shapes, with and without a bias, and Conv1Ds."""
+    torch.manual_seed(1)
+    for base in (
+        nn.Linear(8, 6),
+        nn.Linear(5, 9, bias=False),
+        nn.Linear(6, 6),  # square: a wrong transpose still fits
+        Conv1D(6, 8),  # 8 in, 6 out
+        Conv1D(6, 6),
+    ):
+        base.weight.data = torch.randn(base.weight.shape)
+        if base.bias is not None:
+            base.bias.data = torch.randn(base.bias.shape)
+        yield base.to(dtype)
+
+
+def on(pissa, base, r=3):
+    return pissa.add(nn.Sequential(base), ["0"], r=r)[0]
+
+
+def matrix(base):
+    """W as (out, in), a copy."""
+    w = base.weight.detach().clone()
+    return w.T if isinstance(base, Conv1D) else w
+
+
+def product(tensors, path):
+    return tensors[f"{path}.lora_B"] @ tensors[f"{path}.lora_A"]
+
+
+# The laws
+
+
+def test_the_residual_and_b_a_give_the_weight_back(pissa):
+    for dtype, most in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        for base in bases(dtype):
+            w = matrix(base)
+            layer = on(pissa, base)
+            gap = (matrix(layer.base) + layer.lora_B @ layer.lora_A - w).abs().max()
+            assert gap < most * w.abs().max(), f"W is not W_res + B A: off by {gap:.1e}"
+
+
+def test_a_and_b_take_the_principal_directions(pissa):
+    for base in bases():
+        values = torch.linalg.svdvals(w := matrix(base))
+        layer = on(pissa, base)
+        kept = torch.linalg.svdvals(matrix(layer.base))
+        assert torch.allclose(kept[: len(values) - 3], values[3:]), (
+            "the residual's largest singular value must be W's fourth: were other"
+            " directions taken than the first three, or others taken off?"
+        )
+        assert kept[-3:].max() < 1e-12, "the first three are still in the residual"
+        taken = torch.linalg.svdvals(layer.lora_B @ layer.lora_A)[:3]
+        assert torch.allclose(taken, values[:3])
+        best = (w - layer.lora_B @ layer.lora_A).norm().square()
+        assert torch.allclose(best, values[3:].square().sum()), "not the best of rank 3"
+
+
+def test_a_and_b_share_the_singular_values_evenly(pissa):
+    for base in bases():
+        w = matrix(base)
+        want = torch.diag(torch.linalg.svdvals(w)[:3])
+        layer = on(pissa, base)
+        a, b = layer.lora_A.detach(), layer.lora_B.detach()
+        assert a.shape == (3, w.shape[1]) and b.shape == (len(w), 3)
+        for square, name in ((a @ a.T, "A A^T"), (b.T @ b, "B^T B")):
+            assert torch.allclose(square, want, atol=1e-12), (
+                f"{name} must be diag(S): each gets a root of S, its rows apart"
+            )
+
+
+def test_a_layer_is_the_residual_plus_b_a(pissa):
+    for base in bases():
+        layer = on(pissa, base)
+        jiggle([layer.lora_A, layer.lora_B])
+        x = torch.randn(2, 3, matrix(base).shape[1], dtype=torch.float64)
+        w = matrix(layer.base) + layer.lora_B @ layer.lora_A
+        want = nn.functional.linear(x, w, layer.base.bias)
+        assert torch.allclose(layer(x), want), "y = W_res x + B A x: there is no scale"
+        torch.testing.assert_close(layer(x[0, 0]), want[0, 0])
+
+
+def test_the_first_gradient_reaches_a_and_b(pissa):
+    for base in bases():
+        layer = on(pissa, base)
+        x = torch.randn(7, matrix(base).shape[1], dtype=torch.float64)
+        layer(x).sin().sum().backward()
+        for p in (layer.lora_A, layer.lora_B):
+            assert p.grad.any(), "no gradient at the start: PiSSA has none of zero"
+
+
+def test_the_change_as_a_lora_fits_the_original_base(pissa):
+    model = pissa.add(net(), ALL, r=3)
+    still = pissa.to_lora(model)
+    for path in ALL:
+        assert product(still, path).abs().max() < 1e-14, "untrained, and yet a change"
+    tensors = pissa.to_lora(train(model))
+    twin = lora.add(net(), ALL, r=6, alpha=6)
+    lora.load_state_dict(twin, tensors)
+    gap = (twin(IDS) - model(IDS)).abs().max()
+    assert (model(IDS) - net()(IDS)).abs().max() > 1e-3
+    assert gap < 1e-12, f"off by {gap:.1e}: is it B A - B0 A0, B0 and A0 as at first?"
+    merged = pissa.merge(model)
+    for path in ALL:
+        change = matrix(merged.get_submodule(path)) - matrix(net().get_submodule(path))
+        assert torch.allclose(change, product(tensors, path), atol=1e-12)
+        assert not (torch.linalg.svdvals(change)[6:] > 1e-12).any(), "above rank 2r"
+
+
+def test_files_pass_between_bases_whose_svd_took_other_signs(pissa):
+    one, two = train(pissa.add(net(), ALL, r=3)), pissa.add(net(), ALL, r=3)
+    signs = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)
+    for path in ALL:  # a singular pair is defined up to a common sign
+        layer = two.get_submodule(path)
+        layer.lora_A.data *= signs[:, None]
+        layer.lora_B.data *= signs
+        layer.start = (layer.start[0] * signs[:, None], layer.start[1] * signs)
+    assert (two(IDS) - net()(IDS)).abs().max() < 1e-12
+    pissa.load_state_dict(two, pissa.state_dict(one))
+    assert (two(IDS) - one(IDS)).abs().max() < 1e-12, "the residuals differ"
+    for path in ALL:
+        ours, theirs = (product(pissa.to_lora(m), path) for m in (one, two))
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_adding_and_merging_gives_the_weights_back(pissa):
+    model, plain = pissa.merge(pissa.add(net(), ALL, r=3)), net().state_dict()
+    for name, t in model.state_dict().items():
+        assert torch.allclose(t, plain[name], rtol=0, atol=1e-13), f"{name} moved"
+
+
+def test_a_16_bit_base_is_split_in_float32_and_rounded_once(pissa):
+    for dtype in (torch.bfloat16, torch.float16):
+        for base in bases(dtype):
+            exact = matrix(base).float()
+            layer = on(pissa, base)
+            u, s, vh = torch.linalg.svd(exact, full_matrices=False)
+            first = (u[:, :3] * s[:3]) @ vh[:3]
+            taken = layer.lora_B @ layer.lora_A
+            assert torch.allclose(taken, first, atol=1e-5), "not split in float32"
+            got, want = matrix(layer.base), (exact - taken).to(dtype)
+            assert got.dtype == dtype and torch.equal(got, want), "rounded elsewhere"
+
+
+def test_a_rank_above_the_weights_is_refused(pissa):
+    model = net()
+    before = snapshot(model)
+    for targets in (["q_proj"], ALL):  # q_proj is 6 by 8
+        with pytest.raises(ValueError, match="only 6") as error:
+            pissa.add(model, targets, r=7)
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+    pissa.add(model, ["q_proj"], r=6)
+
+
+def test_a_packed_weight_is_refused(pissa):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    codes = torch.zeros(32, 1, dtype=torch.uint8)
+    model[1].weight = nn.Parameter(codes, requires_grad=False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="packed") as error:
+        pissa.add(model, ["0", "1"], r=2)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+# Bad input: one sentence each, and the model as it was
+
+BAD = {
+    "r=0": dict(r=0),
+    "r=-1": dict(r=-1),
+    "r=2.5": dict(r=2.5),
+    "r=True": dict(r=True),
+    "r='8'": dict(r="8"),
+    "r=None": dict(r=None),
+    "a rank above the default target's": dict(r=7),
+    "a rank above one target's of two": dict(r=8, targets=["c_proj", "q_proj"]),
+    "the default rank where it does not fit": dict(),
+    "half-wrong list": dict(r=2, targets=["q_proj", "nothing"]),
+    "a target that is no linear": dict(r=2, targets=["embed"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_changes_nothing(case):
+    model = net()
+    model.norm.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as error:
+        reference.add(model, **{"targets": ["q_proj"], **BAD[case]})
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_packed_weights_are_refused(kind):
+    model = packed(kind)
+    weight = model[2].weight.clone()
+    with pytest.raises(ValueError, match="packed"):
+        reference.add(model, ["2", "0"], r=2)
+    assert type(model[2]) is nn.Linear and torch.equal(model[2].weight, weight)
+
+
+def test_the_change_as_a_lora_is_refused_where_there_is_no_pissa():
+    with pytest.raises(ValueError, match="no PiSSA") as error:
+        reference.to_lora(net())
+    assert_one_sentence(error)
+
+
+# The oracle: peft
+
+
+def peft_twin(model, paths):
+    """peft's PiSSA on `model`, and its trainable parameters by our names."""
+    gpt2 = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(
+        r=4,
+        lora_alpha=4,
+        init_lora_weights="pissa",
+        target_modules=paths,
+        fan_in_fan_out=gpt2,
+    )
+    twin = get_peft_model(model, config).eval()
+    return twin, {
+        n.removeprefix("base_model.model.").replace(".default.weight", ""): p
+        for n, p in twin.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("name", [*MODELS, "t5"])
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_numbers_equal_pefts_and_its_conversion_to_a_lora(name, tmp_path):
+    model = {**MODELS, "t5": t5}[name]()
+    plain, original = copy.deepcopy(model), copy.deepcopy(model)
+    reference.add(model, "all-linear", r=4)
+    ours = reference.state_dict(model, keep_vars=True)
+    paths = sorted(every.paths(reference, model))
+    twin, theirs = peft_twin(plain, paths)
+    assert_same(outputs(model), outputs(twin), "the output at the start")
+    for path in paths:  # A and B are defined up to their directions' signs
+        assert_same(product(ours, path), product(theirs, path), f"B A of {path}")
+        residual = plain.get_submodule(path).base_layer.weight
+        assert_same(model.get_submodule(path).base.weight, residual, f"W_res of {path}")
+    for n, p in theirs.items():
+        p.data.copy_(ours[n])
+    first = str(tmp_path / "first")
+    twin.save_pretrained(first)
+    assert_same_training(model, ours, twin, theirs)
+
+    config = {"path_initial_model_for_weight_conversion": first}
+    twin.save_pretrained(tmp_path / "lora", **config)
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    converted = {
+        n.removeprefix("base_model.model.").removesuffix(".weight"): t
+        for n, t in stored.items()
+    }
+    tensors = reference.to_lora(model)
+    assert tensors.keys() == converted.keys()
+    for path in paths:
+        assert_same(product(tensors, path), product(converted, path), f"BA of {path}")
+        assert product(tensors, path).abs().max() > 1e-4, f"{path} did not train"
+    loaded = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "lora")
+    lora.load_state_dict(lora.add(original, paths, r=8, alpha=8), tensors)
+    assert_same(outputs(original), outputs(model), "to_lora: the output")
+    assert_same(outputs(loaded.eval()), outputs(model), "peft's LoRA: the output")
+    assert_same_merged(reference.merge(model), twin.merge_and_unload())
+
+
+# pissa.py copied alone, for tests/test_standalone.py
+
+ALONE = """
+import pissa
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+x = torch.randn(5, 6)
+plain = model(x)
+pissa.add(model, ["0", "2"], r=2)
+assert torch.allclose(model(x), plain, atol=1e-6)
+for _ in range(2):
+    model.zero_grad()
+    model(x).pow(2).sum().backward()
+    for p in pissa.state_dict(model, keep_vars=True).values():
+        p.data -= 0.1 * p.grad
+tuned = model(x)
+assert not torch.allclose(tuned, plain)
+pissa.load_state_dict(model, pissa.state_dict(model))
+assert pissa.to_lora(model)["2.lora_B"].shape == (2, 4)
+merged = pissa.merge(model)
+assert [type(m).__name__ for m in merged] == ["Linear", "Tanh", "Linear"]
+assert torch.allclose(merged(x), tuned, atol=1e-5)
+"""
+
+# Broken copies, for tests/test_mutations.py
+
+SPLIT = "_shift(m, -new.lora_B @ new.lora_A)"
+ROOT = "root = s[:r].sqrt()"
+START = "self.start = self.lora_A.detach().clone(), self.lora_B.detach().clone()"
+TURN = 'w = w.T if type(base).__name__ == "Conv1D" else w  # (out, in)'
+TURN_BACK = 'change = change.T if type(base).__name__ == "Conv1D" else change'
+SUM = "(base.weight + change).to(base.weight.dtype)"
+FOLD = "_shift(m.base, m.lora_B @ m.lora_A)"
+PARAMETER = f"base.weight = nn.Parameter({SUM}, False)"
+IDENTITY = every.test_adding_changes_no_output
+MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
+STRICT = every.test_loading_is_strict
+BACK = test_the_residual_and_b_a_give_the_weight_back
+PRINCIPAL = test_a_and_b_take_the_principal_directions
+EVENLY = test_a_and_b_share_the_singular_values_evenly
+EQUATION = test_a_layer_is_the_residual_plus_b_a
+AS_LORA = test_the_change_as_a_lora_fits_the_original_base
+SIGNS = test_files_pass_between_bases_whose_svd_took_other_signs
+ROUNDED = test_a_16_bit_base_is_split_in_float32_and_rounded_once
+
+# {what is broken: (the law that goes red, {text: text in its place})}
+MUTATIONS = {
+    "the residual is not taken off": (IDENTITY, {SPLIT: "pass"}),
+    "B A is added to the base": (BACK, {SPLIT: SPLIT.replace("-new", "new")}),
+    "the base is emptied": (BACK, {SPLIT: "_shift(m, -m.weight)"}),
+    "the smallest directions are taken": (
+        PRINCIPAL,
+        {ROOT: f"u, s, vh = u.flip(1), s.flip(0), vh.flip(0)\n        {ROOT}"},
+    ),
+    "the directions after the first are taken": (
+        PRINCIPAL,
+        {ROOT: f"u, s, vh = u[:, 1:], s[1:], vh[1:]\n        {ROOT}"},
+    ),
+    "the singular values are left out": (PRINCIPAL, {ROOT: "root = s[:r] ** 0"}),
+    "the root is forgotten": (PRINCIPAL, {ROOT: "root = s[:r]"}),
+    "B gets all of S": (
+        EVENLY,
+        {
+            "root[:, None] * vh[:r]": "vh[:r].clone()",
+            "u[:, :r] * root": "u[:, :r] * s[:r]",
+        },
+    ),
+    "A and B are random": (
+        EVENLY,
+        {"root[:, None] * vh[:r]": "torch.randn_like(vh[:r])"},
+    ),
+    "it starts as LoRA does, B zero": (
+        test_the_first_gradient_reaches_a_and_b,
+        {"u[:, :r] * root": "u[:, :r] * 0"},
+    ),
+    "one direction too many is taken": (
+        EVENLY,
+        {
+            "w = base, r, base.weight.detach()": (
+                "w = base, (r := r + 1), base.weight.detach()"
+            )
+        },
+    ),
+    "B A is scaled by two": (EQUATION, {"@ self.lora_B.T)": "@ self.lora_B.T * 2)"}),
+    "the branch is dead": (
+        EQUATION,
+        {"(y + x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T)": "y"},
+    ),
+    "a Conv1D is split untransposed": (EVENLY, {TURN: "pass"}),
+    "a Conv1D's residual is untransposed": (BACK, {TURN_BACK: "pass"}),
+    "A and B are in the base's 16 bits": (
+        every.test_own_tensors_are_float32_over_a_16_bit_base,
+        {ROOT: f"u, s, vh = (t.to(base.weight) for t in (u, s, vh))\n        {ROOT}"},
+    ),
+    "float64 is split in float32": (
+        PRINCIPAL,
+        {"w.to(torch.promote_types(w.dtype, torch.float32))": "w.float()"},
+    ),
+    "B A is rounded before it is taken off": (
+        ROUNDED,
+        {SUM: "base.weight + change.to(base.weight.dtype)"},
+    ),
+    "the residual is in float32": (ROUNDED, {SUM: "(base.weight + change)"}),
+    "the answer is in float32": (
+        every.test_own_tensors_are_float32_over_a_16_bit_base,
+        {"self.lora_B.T).to(y.dtype)": "self.lora_B.T)"},
+    ),
+    "splitting writes into a tied weight": (
+        every.test_a_tied_weight_is_left_alone,
+        {PARAMETER: "base.weight.data += change"},
+    ),
+    "the start moves along": (
+        AS_LORA,
+        {START: START.replace(".clone()", "")},
+    ),
+    "the start is added, not taken off": (AS_LORA, {"-m.start[1]": "m.start[1]"}),
+    "the start is forgotten": (AS_LORA, {"-m.start[1]": "0 * m.start[1]"}),
+    "the LoRA is of twice the change": (
+        AS_LORA,
+        {"[m.lora_B.detach()": "[2 * m.lora_B"},
+    ),
+    "loading takes B alone": (
+        SIGNS,
+        {"t.copy_(tensors[name])": 'name[-1] == "B" and t.copy_(tensors[name])'},
+    ),
+    "merging adds nothing": (MERGED, {FOLD: "pass"}),
+    "merging takes B A off again": (
+        test_adding_and_merging_gives_the_weights_back,
+        {FOLD: FOLD.replace("m.lora_B @", "-m.lora_B @")},
+    ),
+    "merging gives the first weights back": (
+        MERGED,
+        {FOLD: "_shift(m.base, m.start[1] @ m.start[0])"},
+    ),
+    "merging leaves the wrappers": (
+        every.test_merging_leaves_plain_frozen_layers,
+        {"_replace(model, {m: m.base for _, m in layers})": "pass"},
+    ),
+    "a rank that is too high is cut": (
+        test_a_rank_above_the_weights_is_refused,
+        {"if r > (most :=": "if 0 > (most :="},
+    ),
+    "one target's rank is looked at": (
+        test_a_rank_above_the_weights_is_refused,
+        {"min(min(_shape(m)) for m in chosen)": "min(_shape(chosen[-1]))"},
+    ),
+    "a packed weight is accepted": (
+        test_a_packed_weight_is_refused,
+        {"any(not m.weight.is_floating_point() for m in chosen)": "False"},
+    ),
+    "the base is not frozen": (
+        every.test_only_what_the_state_dict_names_trains,
+        {"    model.requires_grad_(False)\n    for": "    for"},
+    ),
+    "the residual trains along": (
+        every.test_frozen_weights_are_bit_identical_after_training,
+        {SUM + ", False": SUM},
+    ),
+    "the state dict leaves A out": (
+        every.test_only_what_the_state_dict_names_trains,
+        {'_layers(model), ("lora_A", "lora_B")': '_layers(model), ("lora_B",)'},
+    ),
+    "loading is not strict": (
+        STRICT,
+        {
+            "if got != want:": "if want and got and got != want:",
+            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
+        },
+    ),
+    "loading lets the unexpected pass": (
+        STRICT,
+        {"own.keys() | tensors.keys()": "own.keys()"},
+    ),
+    "new layers are in train mode": (
+        every.test_the_new_layers_are_in_the_models_mode,
+        {".train(m.training)": ""},
+    ),
+    "one parent of two is wrapped": (
+        every.test_a_linear_with_two_parents_is_wrapped_once_and_merged_once,
+        {"swaps.get(child, child)": "swaps.pop(child, child)"},
+    ),
+    "a copy is the same layer": (
+        every.test_a_deepcopy_stands_on_its_own,
+        {
+            "    def forward(self, x):": "    def __deepcopy__(self, memo):\n"
+            "        return self\n\n    def forward(self, x):"
+        },
+    ),
+    "the head is in all-linear": (
+        every.test_all_linear_leaves_out_the_output_head,
+        {"if m is not head}": "}"},
+    ),
+    "a target matches the end of a name": (
+        every.test_a_target_matches_whole_names_from_the_end,
+        {'endswith(f".{t}")': 'endswith(f"{t}")'},
+    ),
+    "PiSSA goes on PiSSA": (
+        every.test_adding_twice_is_refused,
+        {"any(isinstance(m, PiSSALinear) for m in model.modules())": "False"},
+    ),
+}
