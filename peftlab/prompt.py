@@ -1,0 +1,150 @@
+r"""Prompt tuning: Lester et al. 2021, arXiv 2104.08691, section 2.
+
+n trained vectors stand before the embedded text of a frozen model; nothing else trains:
+
+$$ \Pr_{\theta;\,P}\,\big(Y \mid [P;\ E(X)]\big) $$
+
+| symbol | shape | in code | start |
+|---|---|---|---|
+| $P$ | (n, d) | `prompt_embeddings` | random tokens (the paper: of 5,000) |
+| $E(X)$ | (batch, tokens, d) | `x` | pretrained, frozen |
+| $\theta$ | | `model` | pretrained, frozen |
+
+P is float32 over a 16-bit base. Logits cover n + tokens slots. A row padded on the left
+becomes [pads, prompt, text], its pads take no position: it answers as it does alone.
+Not here: ensembles (section 6), static caches, 4-D masks, `start_positions`, padding on
+the left where the first slot is pooled or positions start at 2 (BERT's head, RoBERTa).
+
+peft leaves such pads between prompt and text, and counts them; draws "random" from a
+standard normal (here the paper's, uniform in $\pm 0.5$); drops position ids; leaves the
+labels of single tokens unmoved. For an encoder-decoder, where the prompt stands in the
+encoder, it keeps (2n, d) and reads the first n rows alone: `decoder=True`.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+
+class PromptModel(nn.Module):
+    """A frozen `model` that reads `prompt_embeddings` before its text. What is not here
+    (config, device, generation_config...) is looked up in the model."""
+
+    def __init__(self, model, n, rows, decoder, encodes):
+        super().__init__()
+        self.prompt_embeddings, self.training = nn.Parameter(rows), model.training
+        self.model, self.n, self.decoder, self._encodes = model, n, decoder, encodes
+        self._told = "position_ids" in inspect.signature(model.forward).parameters
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        """What the model returns, over n + tokens slots. input_ids (batch, tokens) or
+        inputs_embeds (batch, tokens, d), attention_mask, labels and whatever else the
+        model takes. ValueError unless it gets exactly one of the first two."""
+        return self.model(**self._put_in(input_ids, attention_mask, **inputs))
+
+    def generate(self, *args, **options):
+        """The model's own `generate`: a decoder's result starts with input_ids."""
+        if self._encodes:
+            return self.model.generate(**self._put_in(*args, **options))
+        with self.model.register_forward_pre_hook(
+            lambda _, args, inputs: (args, self._put_in(**inputs)), with_kwargs=True
+        ):
+            return self.model.generate(*args, **options)
+
+    def _put_in(self, input_ids=None, attention_mask=None, **inputs):
+        """The model's inputs with the prompt put in, and all that is aligned moved."""
+        n, order, fill = self.n, _order(attention_mask, self.n), {"attention_mask": 1}
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        cache = inputs.get("cache") or inputs.get("past_key_values")  # until 5.23
+        if begins := not (cache and cache.get_seq_length()):  # else it was read before
+            ids, x = inputs.pop("input_ids"), inputs.get("inputs_embeds")
+            if (ids is None) == (x is None):
+                raise ValueError("give one of the two, input_ids or inputs_embeds")
+            x = self.model.get_input_embeddings()(ids) if x is None else x
+            inputs["inputs_embeds"] = _join(self.prompt_embeddings[:n], x, order)
+            fill |= {"token_type_ids": 0} | ({} if self._encodes else {"labels": -100})
+        for name, value in fill.items():
+            t = inputs.get(name)
+            if t is not None and t.dim() == 2 and not t.is_floating_point():
+                inputs[name] = _join(t.new_full((n,), value), t, order)
+        if (at := inputs.get("position_ids")) is not None:
+            at, first = at + n, torch.arange(n)
+            inputs["position_ids"] = _join(first, at, order) if begins else at
+        elif begins and order is not None and self._told:  # else it counts the slots
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
+        return inputs
+
+
+def add(model, n, init="vocabulary", decoder=False):
+    """Freeze `model` and return it in a PromptModel with n trained vectors, (n, d).
+    init: where they start: "vocabulary", "random" (uniform in +-0.5), or token ids, a
+    1-D tensor, repeated or cut to length. decoder: also carry the n idle rows that peft
+    keeps for an encoder-decoder, (2n, d). Raises ValueError, the model unchanged, for a
+    value out of range, a model without token embeddings, and a second soft prompt."""
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n must be a whole number of at least 1, not {n!r}")
+    if any(type(m).__name__ in ("PromptModel", "PrefixModel") for m in model.modules()):
+        raise ValueError("the model has a soft prompt already: take its .model")
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError("the model has no token embeddings to put a prompt before")
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if decoder and not encodes:
+        raise ValueError("decoder=True is for an encoder-decoder: this model is none")
+    rows = _start(embedding, 2 * n if decoder else n, init)
+    return PromptModel(model.requires_grad_(False), n, rows, bool(decoder), encodes)
+
+
+def state_dict(wrapper):
+    """{"prompt_embeddings": (n, d)}, (2n, d) with decoder=True. ValueError without."""
+    if not isinstance(wrapper, PromptModel):
+        raise ValueError("the model has no prompt: call prompt.add first")
+    return {"prompt_embeddings": wrapper.prompt_embeddings.detach()}
+
+
+def load_state_dict(wrapper, tensors):
+    """Copy {"prompt_embeddings": tensor} into the wrapper. Raises ValueError, nothing
+    copied, for a missing or unexpected name or a wrong shape."""
+    own = state_dict(wrapper)
+    for name in sorted(own.keys() | tensors.keys()):
+        got, want = (getattr(d.get(name), "shape", None) for d in (tensors, own))
+        if got != want:
+            raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
+    own["prompt_embeddings"].copy_(tensors["prompt_embeddings"])
+
+
+def _start(embedding, rows, init):
+    size, device = embedding.weight.shape[0], embedding.weight.device
+    if isinstance(init, torch.Tensor):
+        listed = init.dim() == 1 and init.dtype in (torch.int32, torch.int64)
+        if not listed or not len(init) or init.min() < 0 or init.max() >= size:
+            raise ValueError(f"init: token ids are a 1-D tensor of 0 to {size - 1}")
+        ids, init = init.repeat(-(-rows // len(init)))[:rows].to(device), "ids"
+    elif init in ("vocabulary", "random"):
+        ids = torch.randint(size, (rows,), device=device)
+    else:
+        raise ValueError(f'init: "vocabulary", "random" or token ids, not {init!r}')
+    start = embedding(ids).detach()  # (rows, d), scaled if the module scales
+    start = start.to(torch.promote_types(start.dtype, torch.float32))
+    return torch.rand_like(start) - 0.5 if init == "random" else start
+
+
+def _order(mask, n):
+    """Indices (batch, n + tokens) that put left pads before the prompt, or None."""
+    if mask is None or mask[:, 0].all():
+        return None
+    rank = 2 * (mask.cumsum(1) > 0)  # pads 0, the prompt 1, the text 2
+    return nn.functional.pad(rank, (n, 0), value=1).argsort(dim=1, stable=True)
+
+
+def _join(first, rest, order):
+    """first (n, ...) before each row of rest (batch, tokens, ...), then in `order`."""
+    both = torch.cat([first.to(rest).expand(len(rest), *first.shape), rest], 1)
+    return both if order is None else both[torch.arange(len(both))[:, None], order]
