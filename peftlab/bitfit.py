@@ -30,9 +30,11 @@ def add(model, create=False, targets=None):
     model unchanged, where there is no bias to train, for a target without a match or,
     unless created, without a bias, and for BitFit twice."""
     _refuse_twice(model)
-    linears = _select(model, targets or "all-linear") if targets or create else []
+    named, linears = targets is not None, []
+    if named or create:
+        linears = _select(model, targets if named else "all-linear")
     bare = [m for m in linears if m.bias is None]
-    if targets and bare and not create:
+    if bare and not create:
         path = next(p for p, m in model.named_modules() if m is bare[0])
         raise ValueError(f"{path} has no bias: create=True would make one, zero")
     if not linears and not _biases(model):
@@ -41,7 +43,7 @@ def add(model, create=False, targets=None):
         dtype = m.weight.dtype if m.weight.is_floating_point() else torch.float32
         zeros = torch.zeros(m.out_features, dtype=dtype, device=m.weight.device)
         m.bias = nn.Parameter(zeros)
-    return _train(model, [m.bias for m in linears] if targets else _biases(model))
+    return _train(model, [m.bias for m in linears] if named else _biases(model))
 
 
 def add_norms(model):

@@ -32,18 +32,16 @@ class IA3Linear(nn.Module):
     weight = property(lambda self: self.base.weight)  # T5 asks a layer for its dtype
 
     def forward(self, x):  # (..., in) -> (..., out)
-        if self.feedforward:
-            return self.base((x * self.ia3_l.flatten()).to(x.dtype))
-        y = self.base(x)
-        return (y * self.ia3_l.flatten()).to(y.dtype)
+        scale = self.ia3_l.flatten()
+        y = self.base((x * scale).to(x.dtype) if self.feedforward else x)
+        return y if self.feedforward else (y * scale).to(y.dtype)
 
 
 def add(model, targets, feedforward=()):
     """Freeze `model`, put a vector on its target layers in place, and return it.
     targets: names of linear layers, each a full path or a dotted suffix ("k_proj"), or
-    "all-linear". feedforward: those rescaled on their input side ("down_proj"); as in
-    peft they may stand in targets too, but need not. Raises ValueError, the model
-    unchanged, for a name without a match and for IA3 twice."""
+    "all-linear". feedforward: those rescaled on their input side ("down_proj"), also in
+    targets (peft) or not. ValueError, unchanged, for no match and for IA3 twice."""
     if any(isinstance(m, IA3Linear) for m in model.modules()):
         raise ValueError("the model carries IA3 already: merge it first")
     inputs = _select(model, feedforward) if feedforward else []
@@ -80,8 +78,9 @@ def merge(model):
     return the model, frozen. ValueError, unchanged, without IA3 or on a packed one."""
     state_dict(model)  # raises where there is no IA3
     layers = {m: m.base for m in model.modules() if isinstance(m, IA3Linear)}
-    if any(not base.weight.is_floating_point() for base in layers.values()):
-        raise ValueError("IA3 cannot be merged into a packed (4- or 8-bit) weight")
+    for base in layers.values():
+        if hasattr(base.weight, "quant_state") or not base.weight.is_floating_point():
+            raise ValueError("IA3 cannot be merged into a packed (4- or 8-bit) weight")
     for m, base in layers.items():
         _rescale(base, m.ia3_l, m.feedforward)
     _replace(model, layers)
@@ -90,20 +89,21 @@ def merge(model):
 
 @torch.no_grad()
 def unmerge(model, tensors):
-    """Undo `merge` up to rounding and return the model. tensors: what `state_dict` gave
-    before it. ValueError, the model unchanged, for none, for a vector that fits no
-    linear or holds a zero (what it erased is gone), and for IA3 twice."""
-    owners = {n.removesuffix(".ia3_l"): v for n, v in tensors.items()}
-    _select(model, [*owners])  # raises for none and for what is no linear
-    chosen = {m: owners[p] for p, m in model.named_modules() if p in owners}
-    new = {m: IA3Linear(m, len(v) == 1).train(m.training) for m, v in chosen.items()}
-    fit = [new[m].ia3_l.shape == v.shape and v.all() for m, v in chosen.items()]
-    if not all(fit) or len(fit) != len(owners):
+    """Undo the `merge` of `tensors`, a `state_dict`, up to rounding; returns the model.
+    ValueError, unchanged, for none, no fit, a zero (what it erased is gone), twice."""
+    if any(isinstance(m, IA3Linear) for m in model.modules()):
+        raise ValueError("the model carries IA3 already: merge it first")
+    own = {n.removesuffix(".ia3_l"): v for n, v in tensors.items()}
+    _select(model, [*own] or "all-linear")  # raises for what is no linear
+    old = {m: own[p] for p, m in model.named_modules() if torch.is_tensor(own.get(p))}
+    new = {m: IA3Linear(m, v.shape != (_shape(m)[0], 1)) for m, v in old.items()}
+    fit = [new[m].ia3_l.shape == v.shape and (v / v == 1).all() for m, v in old.items()]
+    if not fit or not all(fit) or len(fit) != len(tensors):
         raise ValueError("unmerge needs a vector without zeros for each merged layer")
-    for m, v in chosen.items():
-        new[m].ia3_l.copy_(v)
-        _rescale(m, 1 / v, len(v) == 1)
-    _replace(model, new)
+    for m, v in old.items():
+        new[m].train(m.training).ia3_l.copy_(v)
+        _rescale(m, 1 / new[m].ia3_l, new[m].feedforward)
+    _replace(model.requires_grad_(False), new)
     return model
 
 

@@ -12,10 +12,11 @@ $$ A \leftarrow A - \eta\, G_A, \qquad B \leftarrow B - \lambda \eta\, G_B $$
 | $G_A$, $G_B$ | what the optimizer makes of the gradients | |
 
 The model, its adapter and its file are plain LoRA's; only the optimizer's groups
-differ.
-Give them to any torch optimizer: `AdamW(lora_plus.parameter_groups(model, 1e-4))`.
-A and B are found by name, ours and peft's. peft splits the groups once more, by weight
-decay, and has a rate of its own for embeddings.
+differ. Give them to any torch optimizer:
+`AdamW(lora_plus.parameter_groups(model, 1e-4))`. B is found by its name, ours and
+peft's. Biases learn at A's rate, as does LoRA on an embedding, whose B is random and
+A zero at the start. peft gives biases B's rate, embeddings a third, and splits the
+groups once more, by weight decay.
 """
 
 import math
@@ -42,4 +43,4 @@ def parameter_groups(model, lr, ratio=16):
 
 def _is_b(name):
     """Ours is `path.lora_B`, peft's `path.lora_B.default.weight`."""
-    return bool({"lora_B", "lora_embedding_B"} & {*name.split(".")})
+    return "lora_B" in name.split(".")

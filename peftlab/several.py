@@ -1,7 +1,7 @@
 r"""Several LoRA adapters on one base: hold them by name, switch, combine.
 
 Composes `lora.py`: copy both files into one package folder. One base model, many small
-changes of it, one a customer (Hu et al. 2021, section 1, call this LoRA's first use):
+changes of it, one a customer (LoRA's first advantage in Hu et al. 2021, section 1):
 
 $$ y = W x + s\,B_k A_k x \quad\text{with } k \text{ the active name}, \qquad
 \sum_k w_k\, s\,B_k A_k = s\,[w_1 B_1, w_2 B_2, \dots]\,[A_1; A_2; \dots] $$
@@ -16,6 +16,7 @@ The active adapter hangs in the model, so all of `lora`'s verbs and the saving o
 work on it; the others wait beside the model, and switching puts them in its place. A
 combination is exact: the ranks are stacked, as in peft's "cat". peft's "linear" adds
 the A's and the B's apart, which brings in products of one's B with another's A.
+`lora.merge` moves the base under all that are held: deepcopy the model before it.
 Not here: several at once in one batch, biases (they belong to the base).
 """
 
@@ -35,7 +36,7 @@ def add(model, name, targets, r=8, alpha=16, dropout=0.0, rslora=False):
     switch(model, None)
     try:
         lora.add(model, targets, r, alpha, dropout, "none", rslora)
-    except ValueError:
+    except Exception:
         switch(model, before)
         raise
     return keep(model, name)
@@ -76,6 +77,8 @@ def switch(model, name):
     there = {m: m.base for m in model.modules() if isinstance(m, lora.LoRALinear)}
     if there and active(model) is None:
         raise ValueError("the model carries a LoRA without a name: keep it under one")
+    if not {m.base for m in layers.values()} <= {*model.modules()}:
+        raise ValueError(f"layers that {name!r} belongs to have left the model")
     lora._replace(model, there)
     for m in layers.values():  # while it waited, the base may have moved to a GPU
         m.to(m.base.weight.device).train(model.training)
@@ -91,11 +94,13 @@ def combine(model, weights, name):
     unknown name, a new name that is taken, and for scalings that differ: the stacked
     product has one scaling, and to fold another into B would hide it from the file."""
     _check_new(model, name)
-    parts = [(weight, _layers(model, k)) for k, weight in dict(weights).items()]
-    if not parts or not all(math.isfinite(weight) for weight, _ in parts):
+    numbers = weights.values() if isinstance(weights, dict) else [None]
+    numbers = [isinstance(w, int | float) and math.isfinite(w) for w in numbers]
+    if not numbers or not all(numbers):
         raise ValueError(f"weights must be {{name: finite number}}, not {weights!r}")
+    parts = [(weight, _layers(model, k)) for k, weight in weights.items()]
     scalings = {m.scaling for _, layers in parts for m in layers.values()}
-    if len(scalings) > 1:
+    if not math.isclose(min(scalings), max(scalings)):
         raise ValueError(f"adapters of different scalings do not add up: {scalings}")
     r = sum(next(iter(layers.values())).r for _, layers in parts)
     new = {}
@@ -130,7 +135,8 @@ def _held(model):
 
 
 def _layers(model, name):
-    if name not in (held := _held(model)):
+    held = _held(model)
+    if not isinstance(name, str) or name not in held:
         raise ValueError(f"no adapter is named {name!r}; there are: {[*held]}")
     return held[name]
 

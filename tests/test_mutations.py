@@ -30,7 +30,8 @@ def source_of(name):
 def module_of(name, source, tmp_path):
     path = tmp_path / f"broken_{name}.py"
     path.write_text(source, "utf8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # in the package by its name, so that `from . import lora` finds the real lora
+    spec = importlib.util.spec_from_file_location(f"peftlab.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from peftlab.kit import results
+from peftlab.kit import measure, results
 from tools import figures
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def test_no_decimal_in_a_chapter_is_left_unbound(chapter):
     assert not loose, f"bind these to a result, or mark them <!-- cited -->: {loose}"
 
 
-@pytest.mark.parametrize("name", ["atlas", "index"])
+@pytest.mark.parametrize("name", ["atlas", "index", "methods"])
 def test_no_decimal_on_a_page_of_findings_is_left_unbound(name):
     loose = figures.unbound((ROOT / "book" / f"{name}.md").read_text("utf8"))
     assert not loose, f"bind these to a result, or mark them <!-- cited -->: {loose}"
@@ -97,3 +97,46 @@ def test_stored_outputs_are_whole_and_quiet():
                     image = cell.metadata.get("mystnb", {}).get("image", {})
                     alt = image.get("alt", "")
                     assert len(alt) > 20, f"{where}: the figure needs an alt text"
+
+
+# The comparison of all methods, and the bench: what the stored runs have to show
+
+FAMILIES = "LoRA, LoRA+, DoRA, PiSSA, VeRA, IA3, BitFit, norms, prefix".split(", ")
+FAMILIES += [f"adapter, {p}" for p in ("Houlsby", "Pfeiffer", "parallel")]
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_every_method_beats_the_frozen_base_by_more_than_its_interval(method):
+    stored = results.load("families")
+    runs = results.where(stored["runs"], method=method)
+    assert [r["seed"] for r in runs] == [0, 1, 2, 3, 4]
+    assert all(len(r["learned"]) == 400 for r in runs)
+    base = [[c == "1" for c in stored["frozen"][method]]] * 5
+    gain, low, _ = measure.interval(results.table(runs, "learned"), base)
+    kept = {k: stored["figures"][f"{method}.{k}"]["value"] for k in ("gain", "low")}
+    assert kept == pytest.approx(dict(gain=gain, low=low))
+    assert low > 0, f"{method} learns {gain:.3f}, and the interval reaches {low:.3f}"
+
+
+@pytest.mark.parametrize("method", [*FAMILIES, "prompt, French", "prompt, Finnish"])
+def test_each_learning_rate_comes_from_a_sweep_of_four_or_more(method):
+    stored = results.load("families")
+    best, tried = stored["best"][method], {}
+    for run in stored["rates"]:
+        if run["method"] == method:
+            tried.setdefault(run["lr"], []).append(results.share(run["dev"]))
+    assert len(tried) >= 4 and {len(t) for t in tried.values()} == {2}
+    assert sum(tried[best]) == max(map(sum, tried.values()))
+    inside = min(tried) < best < max(tried)
+    assert inside or not any(map(sum, tried.values())), "the best rate is at the edge"
+    assert {r["lr"] for r in results.where(stored["runs"], method=method)} == {best}
+
+
+def test_no_method_is_slower_or_larger_than_pefts_by_more_than_a_twentieth():
+    ratios = {
+        key: figure["value"]
+        for key, figure in results.load("bench")["figures"].items()
+        if key.endswith(".peft") and ".file." not in key
+    }
+    assert len(ratios) >= 9 * 6, "nine methods, three widths, time and memory"
+    assert not {key: r for key, r in ratios.items() if r > 1.05}

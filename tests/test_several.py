@@ -1,0 +1,810 @@
+"""The laws of many adapters on one base, and a combination equal to peft's.
+
+A law that takes only `several`, the module, is run again by tests/test_mutations.py on
+broken copies of several.py. Messages name the mistake that gives the symptom.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from common import (
+    ALL,
+    IDS,
+    MODELS,
+    assert_one_sentence,
+    assert_same,
+    assert_unchanged,
+    net,
+    outputs,
+    snapshot,
+    train,
+    trainable,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from peftlab import interop, lora
+from peftlab import several as reference
+
+TARGETS = {"fi": ALL, "pl": ["q_proj", "proj"], "tr": ["c_attn", "c_proj"]}
+RANKS = {"fi": 2, "pl": 3, "tr": 1}
+
+
+@pytest.fixture
+def several():
+    return reference
+
+
+def fill(model, seed=1):
+    """Random B's on the LoRA that is active."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, t in lora.state_dict(model).items():
+        if name.endswith("lora_B"):
+            t.copy_(torch.randn(t.shape, generator=generator) / 8)
+    return model
+
+
+def full(several, model=None):
+    """A model with three adapters of other targets and ranks; the last one is active.
+    Also their tensors, and what the model returns with each."""
+    model, tensors, answers = model or net(), {}, {}
+    for seed, (name, targets) in enumerate(TARGETS.items()):
+        r = RANKS[name]
+        fill(several.add(model, name, targets, r=r, alpha=2 * r), seed)
+        tensors[name] = {n: t.clone() for n, t in lora.state_dict(model).items()}
+        answers[name] = model(IDS).detach()
+    return model, tensors, answers
+
+
+def deltas(tensors, scaling):
+    """{path: s B A} of an adapter's tensors."""
+    paths = {n.removesuffix(".lora_A") for n in tensors if n.endswith(".lora_A")}
+    return {p: scaling * tensors[f"{p}.lora_B"] @ tensors[f"{p}.lora_A"] for p in paths}
+
+
+def held(model):
+    """Every tensor of every held adapter, by its name and path; copies."""
+    return {
+        f"{k}:{path}.{n}": t.detach().clone()
+        for k, layers in model.lora_adapters.items()
+        for path, m in layers.items()
+        for n, t in (("A", m.lora_A), ("B", m.lora_B))
+    }
+
+
+def all_of(several, model):
+    """All that must not move when something raises; for `assert_all_of`."""
+    adapters = held(model) if several.names(model) else {}
+    return snapshot(model), several.names(model), several.active(model), adapters
+
+
+def assert_all_of(several, model, before):
+    assert_unchanged(model, before[0])
+    assert several.names(model) == before[1], "other adapters are held than before"
+    assert several.active(model) == before[2], "another adapter is active than before"
+    for name, t in before[3].items():
+        assert torch.equal(held(model)[name], t), f"{name} moved"
+
+
+# The laws: hold and switch
+
+
+def test_a_new_adapter_is_active_and_changes_no_output(several):
+    model = net()
+    assert several.names(model) == [] and several.active(model) is None
+    for name in ("fi", "pl", "tr"):
+        assert several.add(model, name, ["q_proj", "proj"]) is model
+        assert several.active(model) == name == several.names(model)[-1]
+        assert torch.equal(model(IDS), net()(IDS)), "the other adapter is still there"
+        fill(model)
+    assert several.names(model) == ["fi", "pl", "tr"]
+
+
+def test_the_settings_are_loras(several):
+    model, settings = net(), dict(r=3, alpha=5, dropout=0.25, rslora=True)
+    several.add(model, "fi", ["q_proj"], **settings)
+    twin = lora.add(net(), ["q_proj"], **settings).q_proj
+    layer = model.q_proj
+    for name in ("r", "alpha", "scaling", "rslora", "bias_mode"):
+        assert getattr(layer, name) == getattr(twin, name), name
+    assert layer.dropout.p == twin.dropout.p == 0.25
+
+
+def test_switching_gives_each_adapters_outputs_to_the_bit(several):
+    model, _, answers = full(several)
+    for name in ("fi", None, "tr", "pl", "pl", None, "fi"):
+        assert several.switch(model, name) is model
+        assert several.active(model) == name
+        want = net()(IDS) if name is None else answers[name]
+        assert torch.equal(model(IDS), want), f"with {name} these are other outputs"
+
+
+def test_without_an_adapter_the_model_is_the_plain_one(several):
+    model, plain = several.switch(full(several)[0], None), net()
+    kinds = [(n, type(m)) for n, m in model.named_modules()]
+    assert kinds == [(n, type(m)) for n, m in plain.named_modules()]
+    for n, t in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[n], t), f"{n} of the base moved"
+    assert not trainable(model), "the base stays frozen"
+
+
+def test_only_the_active_adapter_is_seen_by_torch(several):
+    model, tensors, _ = full(several)
+    for name in TARGETS:
+        several.switch(model, name)
+        assert trainable(model) == tensors[name].keys(), "only the active one trains"
+        own = lora.state_dict(model)
+        assert all(torch.equal(own[n], t) for n, t in tensors[name].items())
+
+
+def test_training_one_leaves_the_others_and_the_base_bit_identical(several):
+    model, _, answers = full(several)
+    before = held(several.switch(model, "pl"))
+    train(model)
+    for name, t in held(model).items():
+        same = torch.equal(t, before[name])
+        assert same is not name.startswith("pl:"), f"{name} moved, or did not"
+    for name in ("fi", "tr", None):
+        want = net()(IDS) if name is None else answers[name]
+        assert torch.equal(several.switch(model, name)(IDS), want)
+    assert not torch.equal(several.switch(model, "pl")(IDS), answers["pl"])
+
+
+def test_an_adapter_comes_back_in_the_models_mode(several):
+    model = several.add(net(), "fi", ["proj"], r=2, dropout=0.5)
+    fill(model)
+    several.switch(model, None).train()
+    assert several.switch(model, "fi").proj.training
+    several.switch(model, None).eval()
+    several.switch(model, "fi")
+    assert not any(m.training for m in model.modules()), "dropout is on in eval mode"
+    assert torch.equal(model(IDS), model(IDS))
+
+
+def test_a_name_that_is_empty_or_taken_is_refused(several):
+    model = several.switch(full(several)[0], "pl")
+    before = all_of(several, model)
+    for name in ("fi", "pl", "", "  ", None, 3, b"x", ["fi"]):
+        for verb, more in ((several.add, [["proj"]]), (several.keep, [])):
+            with pytest.raises(ValueError) as error:
+                verb(model, name, *more)
+            assert_one_sentence(error)
+            assert_all_of(several, model, before)
+        with pytest.raises(ValueError, match="already|needs a name"):
+            several.combine(model, {"fi": 1}, name)
+        assert_all_of(several, model, before)
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are(several):
+    model = several.switch(full(several)[0], "pl")
+    before = all_of(several, model)
+    for verb in (
+        several.switch,
+        several.forget,
+        lambda m, k: several.combine(m, {k: 1}, "x"),
+    ):
+        for name in ("sw", "", 3):
+            with pytest.raises(ValueError, match="'fi', 'pl', 'tr'") as error:
+                verb(model, name)
+            assert_one_sentence(error)
+            assert_all_of(several, model, before)
+
+
+def test_a_refused_lora_leaves_the_active_one_on(several):
+    model = several.switch(full(several)[0], "pl")
+    before, answer = all_of(several, model), model(IDS)
+    for wrong in (
+        dict(targets=["nothing"]),
+        dict(r=0),
+        dict(alpha=-1),
+        dict(targets=3),
+    ):
+        with pytest.raises(ValueError):
+            several.add(model, "sw", **{"targets": ["proj"], **wrong})
+        assert_all_of(several, model, before)
+        assert torch.equal(model(IDS), answer)
+
+
+def test_a_lora_without_a_name_is_kept_under_one_or_refused(several):
+    model = several.switch(full(several)[0], None)
+    fill(lora.add(model, ["q_proj"], r=2), 7)
+    before, answer = all_of(several, model), model(IDS)
+    for lose in (
+        lambda: several.switch(model, "fi"),
+        lambda: several.switch(model, None),
+        lambda: several.add(model, "sw", ["proj"]),
+        lambda: several.combine(model, {"fi": 1}, "sw"),
+    ):
+        with pytest.raises(ValueError, match="without a name") as error:
+            lose()
+        assert_one_sentence(error)
+        assert_all_of(several, model, before)
+    assert several.keep(model, "sw") is model and several.active(model) == "sw"
+    several.switch(model, "fi")
+    assert torch.equal(several.switch(model, "sw")(IDS), answer)
+
+
+def test_keep_refuses_what_is_no_new_lora(several):
+    biased = lora.add(net(), ["q_proj"], bias="lora_only")
+    for model, words in (
+        (net(), "no LoRA"),
+        (several.add(net(), "fi", ["q_proj"]), "no LoRA"),
+        (biased, "biases"),
+    ):
+        before = all_of(several, model)
+        with pytest.raises(ValueError, match=words) as error:
+            several.keep(model, "sw")
+        assert_one_sentence(error)
+        assert_all_of(several, model, before)
+
+
+def test_a_forgotten_adapter_is_gone(several):
+    model, _, answers = full(several)
+    several.switch(model, "pl")
+    assert several.forget(model, "fi") is model
+    assert several.names(model) == ["pl", "tr"] and several.active(model) == "pl"
+    assert torch.equal(model(IDS), answers["pl"]), "forgetting another moved outputs"
+    several.forget(model, "pl")
+    assert several.names(model) == ["tr"] and several.active(model) is None
+    assert torch.equal(model(IDS), net()(IDS)), "a forgotten adapter is taken off"
+    several.add(model, "pl", ["proj"])  # its name is free again
+    assert several.names(model) == ["tr", "pl"]
+
+
+def test_a_layer_with_two_parents_is_switched_in_both(several):
+    shared, x = nn.Linear(6, 6).double(), torch.ones(1, 6, dtype=torch.float64)
+    model = nn.ModuleDict({k: nn.ModuleDict({"up": shared}) for k in "ab"})
+    plain = shared(x)
+    fill(several.add(model, "fi", ["up"], r=2))
+    assert model["a"]["up"] is model["b"]["up"] is not shared
+    several.switch(model, None)
+    assert model["a"]["up"] is model["b"]["up"] is shared
+    several.switch(model, "fi")
+    assert model["a"]["up"] is model["b"]["up"]
+    assert not torch.equal(model["b"]["up"](x), plain)
+
+
+def test_layers_that_have_left_the_model_are_noticed(several):
+    model = full(several)[0]
+    several.switch(model, None)
+    model.proj = nn.Linear(12, 12, bias=False).double()  # as a packed one would come
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'pl'.*left the model") as error:
+        several.switch(model, "pl")
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+    several.switch(model, "tr")  # it is on other layers
+    several.forget(model, "pl")
+
+
+# The laws: what else is done with a model
+
+
+def test_a_deepcopy_stands_on_its_own(several):
+    model, _, answers = full(several)
+    twin = copy.deepcopy(several.switch(model, "pl"))
+    assert several.names(twin) == several.names(model) and several.active(twin) == "pl"
+    before = held(model)
+    train(several.switch(twin, "fi"))
+    several.forget(twin, "tr")
+    assert several.names(model) == ["fi", "pl", "tr"]
+    assert all(torch.equal(t, before[n]) for n, t in held(model).items())
+    for name, answer in answers.items():
+        assert torch.equal(several.switch(model, name)(IDS), answer), "shared tensors"
+    assert not torch.equal(twin(IDS), answers["fi"])
+
+
+def test_the_base_may_change_its_precision_while_others_wait(several):
+    model, _, answers = full(several, net().float())
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
+        twin = several.switch(copy.deepcopy(model), "tr").to(dtype)
+        for name in ("fi", "pl", "tr"):
+            got = several.switch(twin, name)(IDS)
+            assert got.dtype == dtype
+            want = answers[name].to(dtype)
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_the_verbs_of_lora_work_on_the_active_one(several):
+    model, tensors, answers = full(several)
+    one, two = several.switch(model, "pl"), several.add(net(), "x", TARGETS["pl"], 3, 6)
+    lora.load_state_dict(two, lora.state_dict(one))
+    assert torch.equal(two(IDS), answers["pl"])
+    merged = lora.merge(copy.deepcopy(one))
+    assert (merged(IDS) - answers["pl"]).abs().max() < 1e-10
+    assert several.active(merged) is None and several.active(model) == "pl"
+    twin = lora.add(net(), ALL, r=2, alpha=4)
+    lora.load_state_dict(twin, tensors["fi"])
+    assert torch.equal(twin(IDS), answers["fi"]), "an adapter is no other than LoRA's"
+
+
+# The laws: combine
+
+
+def test_a_combination_is_the_weighted_sum_of_the_products(several):
+    model, tensors, _ = full(several)
+    for weights in (
+        {"fi": 0.5, "pl": 0.5},
+        {"pl": 1, "tr": -0.75},
+        {"tr": 2.0, "fi": -1.0, "pl": 0.3},
+        {"pl": -1},
+        {"fi": 0, "pl": 1},
+    ):
+        assert several.combine(model, weights, "sum") is model
+        assert several.active(model) == "sum"
+        got = deltas(lora.state_dict(model), 2)
+        want = {}
+        for name, weight in weights.items():
+            for path, delta in deltas(tensors[name], 2).items():
+                want[path] = want.get(path, 0) + weight * delta
+        assert got.keys() == want.keys(), "on every layer that one of them is on"
+        for path, delta in want.items():
+            gap = (got[path] - delta).abs().max()
+            assert gap < 1e-12, (
+                f"{path} is off by {gap:.1e}: the sum is of the products B A, not of"
+                " the A's and the B's"
+            )
+        several.forget(model, "sum")
+
+
+def test_a_combinations_outputs_are_those_of_the_merged_sum(several):
+    model, tensors, _ = full(several)
+    weights = {"fi": 0.7, "pl": -0.4, "tr": 1.5}
+    summed = net()
+    for name, weight in weights.items():
+        for path, delta in deltas(tensors[name], 2 * weight).items():
+            conv = path in ("c_attn", "c_proj")
+            summed.get_parameter(f"{path}.weight").data += delta.T if conv else delta
+    gap = (several.combine(model, weights, "sum")(IDS) - summed(IDS)).abs().max()
+    assert gap < 1e-12
+    merged = lora.merge(copy.deepcopy(model))
+    assert (merged(IDS) - summed(IDS)).abs().max() < 1e-12
+
+
+def test_a_combinations_rank_is_the_sum_of_the_ranks(several):
+    model = several.combine(full(several)[0], {"fi": 1, "pl": 1, "tr": 1}, "sum")
+    layers = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
+    assert len(layers) == 4 and {m.r for m in layers} == {2 + 3 + 1}
+    assert {len(m.lora_A) for m in layers} == {6}
+    assert all(math.isclose(m.scaling, 2) for m in layers), "the parts' own scaling"
+    assert all(math.isclose(m.alpha, 12) for m in layers)
+
+
+def test_combining_leaves_the_parts_as_they_were(several):
+    model, _, answers = full(several)
+    before = held(several.switch(model, "pl"))
+    several.combine(model, {"fi": 1, "pl": 2}, "sum")
+    assert several.names(model) == ["fi", "pl", "tr", "sum"]
+    train(model)  # it is an adapter of its own, and trains
+    now = held(model)
+    assert all(torch.equal(now[n], t) for n, t in before.items())
+    for name, answer in answers.items():
+        assert torch.equal(several.switch(model, name)(IDS), answer)
+
+
+def test_a_combination_can_be_combined(several):
+    model, _, answers = full(several)
+    several.combine(model, {"fi": 1, "pl": 1}, "sum")
+    several.combine(model, {"sum": 1, "pl": -1}, "difference")
+    assert (model(IDS) - answers["fi"]).abs().max() < 1e-12
+
+
+def test_unequal_scalings_are_refused_with_the_reason(several):
+    model = full(several)[0]
+    several.add(model, "sw", ["proj"], r=2, alpha=16)
+    before = all_of(several, model)
+    with pytest.raises(
+        ValueError, match=r"different scalings.*(2\.0, 8\.0|8\.0, 2\.0)"
+    ) as e:
+        several.combine(model, {"fi": 1, "sw": 1}, "sum")
+    assert_one_sentence(e)
+    assert_all_of(several, model, before)
+    third = 16 / math.sqrt(8)  # rsLoRA's, reached in another way
+    several.add(model, "a", ["proj"], r=8, alpha=16, rslora=True)
+    several.add(model, "b", ["proj"], r=3, alpha=3 * third * (1 + 1e-15))
+    try:
+        several.combine(model, {"a": 1, "b": 1}, "sum")
+    except ValueError:
+        pytest.fail("these scalings are equal up to rounding")
+
+
+def test_wrong_weights_are_refused(several):
+    model = full(several)[0]
+    before = all_of(several, model)
+    for weights in (
+        {},
+        [],
+        None,
+        3,
+        "fi",
+        ["fi", "pl"],
+        [("fi", 1.0)],
+        {"fi": math.nan},
+        {"fi": 1, "pl": math.inf},
+        {"fi": "1"},
+        {"fi": None},
+    ):
+        with pytest.raises(ValueError, match="^weights must be") as error:
+            several.combine(model, weights, "sum")
+        assert_one_sentence(error)
+        assert_all_of(several, model, before)
+
+
+# Bad input: one sentence each, the active adapter still on, and the model as it was
+
+BAD = {
+    "an unknown target": dict(targets=["nothing"]),
+    "a half-wrong list": dict(targets=["q_proj", "nothing"]),
+    "a target that is no linear": dict(targets=["embed"]),
+    "a string": dict(targets="q_proj"),
+    "an empty list": dict(targets=[]),
+    "None": dict(targets=None),
+    "r=0": dict(r=0),
+    "r=2.5": dict(r=2.5),
+    "alpha=0": dict(alpha=0),
+    "alpha=nan": dict(alpha=math.nan),
+    "dropout=1": dict(dropout=1),
+    "dropout='0.1'": dict(dropout="0.1"),
+    "a name that is taken": dict(name="fi"),
+    "no name": dict(name=""),
+    "a name of spaces": dict(name=" "),
+    "None for a name": dict(name=None),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("active", ["pl", None])
+def test_bad_input_gets_one_sentence_and_changes_nothing(case, active):
+    model = reference.switch(full(reference)[0], active)
+    before = all_of(reference, model)
+    settings = {"name": "sw", "targets": ["q_proj"], **BAD[case]}
+    with pytest.raises(ValueError) as error:
+        reference.add(model, **settings)
+    assert_one_sentence(error)
+    assert_all_of(reference, model, before)
+
+
+def test_a_crash_in_lora_leaves_the_active_one_on(monkeypatch):
+    model = full(reference)[0]
+    before = all_of(reference, model)
+
+    def crash(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(lora, "_select", crash)
+    with pytest.raises(MemoryError):
+        reference.add(model, "sw", ["q_proj"])
+    assert_all_of(reference, model, before)
+
+
+# Files
+
+
+def test_adapters_go_to_files_and_come_back_under_names(tmp_path):
+    model, _, answers = full(reference)
+    reference.combine(model, {"fi": 0.5, "tr": -2}, "sum")
+    answers["sum"] = model(IDS).detach()
+    for name in answers:
+        interop.save(reference.switch(model, name), tmp_path / name)
+    fresh = net()
+    for name in answers:
+        interop.load(reference.switch(fresh, None), tmp_path / name)
+        reference.keep(fresh, name)
+    assert reference.names(fresh) == reference.names(model)
+    for name, answer in answers.items():
+        torch.testing.assert_close(reference.switch(fresh, name)(IDS), answer)
+    assert torch.equal(reference.switch(fresh, None)(IDS), net()(IDS))
+
+
+# The oracle: peft, which holds and combines too
+
+
+def peft_twin(model, adapters):
+    """peft's model with the same adapters as ours."""
+    twin = None
+    for name, (targets, r, tensors) in adapters.items():
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)
+        if twin is None:
+            twin = get_peft_model(model, config, adapter_name=name)
+        else:
+            twin.add_adapter(name, config)
+        own = dict(twin.named_parameters())
+        for n, t in tensors.items():
+            own[f"base_model.model.{n}.{name}.weight"].data.copy_(t)
+    return twin.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1, -0.75), (2, 0.3)])
+@pytest.mark.parametrize("family", ["tiny-decoder", "gpt2"])
+def test_switching_and_combining_give_the_numbers_of_pefts(family, weights):
+    names = {
+        "tiny-decoder": ("q_proj", "v_proj", "up_proj"),
+        "gpt2": ("c_attn", "c_fc"),
+    }
+    model, adapters = MODELS[family](), {}
+    twin = copy.deepcopy(model)
+    for seed, (name, targets) in enumerate(
+        {"fi": [*names[family]], "pl": [*names[family][:2]]}.items()
+    ):
+        r = 4 + seed
+        fill(reference.add(model, name, targets, r=r, alpha=2 * r), seed)
+        adapters[name] = targets, r, lora.state_dict(model)
+    twin = peft_twin(twin, adapters)
+    for name in adapters:
+        twin.set_adapter(name)
+        assert_same(outputs(reference.switch(model, name)), outputs(twin), name)
+    pairs = dict(zip(adapters, weights, strict=True))
+    both = [*adapters], [*weights], "sum"
+    twin.add_weighted_adapter(*both, combination_type="cat")
+    twin.set_adapter("sum")
+    combined = outputs(reference.combine(model, pairs, "sum"))
+    assert_same(combined, outputs(twin), 'the combination, peft\'s "cat",')
+
+
+@torch.no_grad()
+def test_pefts_linear_combination_mixes_ones_b_with_anothers_a():
+    """The docstring's claim, and why a combination here is peft's "cat"."""
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    twin, adapters = copy.deepcopy(model), {}
+    for seed, name in enumerate(("fi", "pl")):
+        fill(reference.add(model, name, ["0"], r=2, alpha=4), seed)
+        adapters[name] = ["0"], 2, lora.state_dict(model)
+    twin = peft_twin(twin, adapters)
+    twin.add_weighted_adapter(["fi", "pl"], [1, 1], "sum", combination_type="linear")
+    got = twin.base_model.model[0].get_delta_weight("sum")
+    a, b = (sum(t[f"0.lora_{x}"] for _, _, t in adapters.values()) for x in "AB")
+    torch.testing.assert_close(got, 2 * b @ a)
+    exact = sum(2 * t["0.lora_B"] @ t["0.lora_A"] for _, _, t in adapters.values())
+    assert (got - exact).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_peft_loads_a_combination(tmp_path):
+    model = MODELS["tiny-decoder"]()
+    plain = copy.deepcopy(model)
+    for seed, name in enumerate(("fi", "pl")):
+        fill(reference.add(model, name, ["q_proj", "down_proj"], r=3), seed)
+    reference.combine(model, {"fi": 0.6, "pl": -0.2}, "sum")
+    interop.save(model, tmp_path)
+    twin = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert_same(outputs(model), outputs(twin), "the combination in a file")
+
+
+# several.py and lora.py copied alone, for tests/test_standalone.py
+
+ALONE = """
+from mine import several, lora
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+x, deltas = torch.randn(5, 6), {}
+plain = model(x)
+for name, targets in (("fi", ["0", "2"]), ("pl", ["2"])):
+    several.add(model, name, targets, r=2, alpha=4)
+    assert torch.equal(model(x), plain)
+    for p in lora.state_dict(model).values():
+        p += 0.1
+    deltas[name] = 2 * model[2].lora_B @ model[2].lora_A
+assert several.names(model) == ["fi", "pl"] and several.active(model) == "pl"
+assert not torch.equal(model(x), plain)
+assert torch.equal(several.switch(model, None)(x), plain)
+several.combine(model, {"fi": 1, "pl": -0.5}, "both")
+weight = model[2].weight + deltas["fi"] - 0.5 * deltas["pl"]
+assert torch.allclose(lora.merge(model)[2].weight, weight, atol=1e-6)
+several.forget(model, "both")
+"""
+
+# Broken copies, for tests/test_mutations.py
+
+ON = "lora._replace(model, {m.base: m for m in layers.values()})"
+OFF = "lora._replace(model, there)"
+PART_A = "m.lora_A[at : at + part.r] = part.lora_A"
+PART_B = "m.lora_B[:, at : at + part.r] = weight * part.lora_B"
+SETTINGS = '(one.base, r, one.scaling * r, 0.0, "none", False)'
+STEP = "at += next(iter(layers.values())).r"
+HELD = "model.lora_adapters = {**_held(model), name: layers}"
+FRESH = test_a_new_adapter_is_active_and_changes_no_output
+SWITCH = test_switching_gives_each_adapters_outputs_to_the_bit
+PLAIN = test_without_an_adapter_the_model_is_the_plain_one
+SEEN = test_only_the_active_adapter_is_seen_by_torch
+TRAINED = test_training_one_leaves_the_others_and_the_base_bit_identical
+MODE = test_an_adapter_comes_back_in_the_models_mode
+TAKEN = test_a_name_that_is_empty_or_taken_is_refused
+UNKNOWN = test_an_unknown_name_is_refused_with_those_that_there_are
+NAMELESS = test_a_lora_without_a_name_is_kept_under_one_or_refused
+KEEP = test_keep_refuses_what_is_no_new_lora
+GONE = test_a_forgotten_adapter_is_gone
+COPY = test_a_deepcopy_stands_on_its_own
+SUM = test_a_combination_is_the_weighted_sum_of_the_products
+MERGED_SUM = test_a_combinations_outputs_are_those_of_the_merged_sum
+RANK = test_a_combinations_rank_is_the_sum_of_the_ranks
+PARTS = test_combining_leaves_the_parts_as_they_were
+SCALINGS = test_unequal_scalings_are_refused_with_the_reason
+WEIGHTS = test_wrong_weights_are_refused
+
+# {what is broken: (the law that goes red, {text: text in its place})}
+MUTATIONS = {
+    "a new adapter's B is not zero": (
+        FRESH,
+        {
+            "    return keep(model, name)": "    for m in model.modules():\n"
+            "        if isinstance(m, lora.LoRALinear):\n"
+            "            torch.nn.init.ones_(m.lora_B)\n"
+            "    return keep(model, name)"
+        },
+    ),
+    "names come in reverse": (
+        FRESH,
+        {"return [*_held(model)]": "return [*_held(model)][::-1]"},
+    ),
+    "dropout is forgotten": (
+        test_the_settings_are_loras,
+        {'alpha, dropout, "none"': 'alpha, 0.1, "none"'},
+    ),
+    "rsLoRA is forgotten": (
+        test_the_settings_are_loras,
+        {'"none", rslora)': '"none", False)'},
+    ),
+    "switching puts nothing on": (SWITCH, {ON: "pass"}),
+    "switching takes nothing off": (SWITCH, {OFF: f"None if name else {OFF}"}),
+    "switching merges": (
+        SWITCH,
+        {OFF: "lora.merge(model) if there else None"},
+    ),
+    "the active one is the last to come": (
+        SWITCH,
+        {"            return name\n": "            return [*_held(model)][-1]\n"},
+    ),
+    "the base may train once the adapter is off": (
+        PLAIN,
+        {OFF: f"{OFF}\n    model.requires_grad_(True)"},
+    ),
+    "the waiting ones are seen too": (
+        SEEN,
+        {
+            HELD: f"{HELD}\n    for i, m in enumerate(layers.values()):\n"
+            '        model.register_parameter(f"{name}_{i}", m.lora_A)'
+        },
+    ),
+    "one adapter's tensors serve all": (
+        TRAINED,
+        {
+            HELD: "first = next(iter(_held(model).values()), {})\n"
+            "    for p in layers.keys() & first.keys():\n"
+            "        k = min(layers[p].r, first[p].r)\n"
+            "        first[p].lora_A.data[:k].copy_(layers[p].lora_A.data[:k])\n"
+            "        layers[p].lora_A.data[:k] = first[p].lora_A.data[:k]\n"
+            "        if layers[p].r == first[p].r:\n"
+            "            layers[p].lora_A.data = first[p].lora_A.data\n"
+            f"    {HELD}",
+        },
+    ),
+    "dropout stays as it was when it was put aside": (
+        MODE,
+        {".train(model.training)": ""},
+    ),
+    "an empty name is taken": (TAKEN, {"or not name.strip()": ""}),
+    "an adapter is overwritten": (TAKEN, {"if name in _held(model):": "if False:"}),
+    "an unknown name means none": (
+        UNKNOWN,
+        {
+            "if not isinstance(name, str) or name not in held:": "if False:",
+            "return held[name]": "return held.get(name, {})",
+        },
+    ),
+    "a refusal takes the active one off": (
+        test_a_refused_lora_leaves_the_active_one_on,
+        {"        switch(model, before)\n": ""},
+    ),
+    "a nameless LoRA is thrown away": (
+        NAMELESS,
+        {"if there and active(model) is None:": "if False:"},
+    ),
+    "a held LoRA is held twice": (KEEP, {" or active(model) is not None": ""}),
+    "trained biases are lost": (KEEP, {'m.bias_mode != "none"': "False"}),
+    "nothing is kept": (KEEP, {"if not layers or": "if"}),
+    "forgetting leaves it on the model": (
+        GONE,
+        {"if active(model) == name:": "if False:"},
+    ),
+    "forgetting takes the active one off": (
+        GONE,
+        {"if active(model) == name:": "if True:"},
+    ),
+    "forgetting forgets all": (GONE, {"if k != name}": "if False}"}),
+    "one parent of two is switched": (
+        test_a_layer_with_two_parents_is_switched_in_both,
+        {
+            ON: "for p in model.modules():\n"
+            "        for k, c in p._modules.items():\n"
+            "            for m in [m for m in layers.values() if m.base is c]:\n"
+            "                p._modules[k] = m\n"
+            "                return model"
+        },
+    ),
+    "a layer that has left is passed over": (
+        test_layers_that_have_left_the_model_are_noticed,
+        {"if not {m.base for m": "if None and {m.base for m"},
+    ),
+    "the adapters are held beside the model, not in it": (
+        COPY,
+        {
+            'return getattr(model, "lora_adapters", {})': "return HELD",
+            "model.lora_adapters = ": "globals()['HELD'] = model.lora_adapters = ",
+            "import math\n": "import math\n\nHELD = {}\n",
+        },
+    ),
+    "a waiting adapter keeps its base's old precision": (
+        test_the_base_may_change_its_precision_while_others_wait,
+        {"m.to(m.base.weight.device)": "m.float()"},
+    ),
+    "the active one is not LoRA's own": (
+        test_the_verbs_of_lora_work_on_the_active_one,
+        {HELD: f"{HELD}\n    for m in layers.values():\n        m.scaling *= 1.5"},
+    ),
+    "the A's and B's are added, not the products": (
+        SUM,
+        {
+            PART_A: "m.lora_A[: part.r] += part.lora_A",
+            PART_B: "m.lora_B[:, : part.r] += weight * part.lora_B",
+        },
+    ),
+    "the weights are forgotten": (SUM, {PART_B: PART_B.replace("weight * ", "")}),
+    "the weight is on A and on B": (
+        SUM,
+        {PART_A: PART_A.replace("= part", "= weight * part")},
+    ),
+    "a negative weight is taken as positive": (
+        SUM,
+        {PART_B: PART_B.replace("weight *", "abs(weight) *")},
+    ),
+    "layers of the first adapter alone": (
+        SUM,
+        {"{p: m for _, layers in parts for p, m in layers.items()}": "parts[0][1]"},
+    ),
+    "the ranks overlap": (SUM, {STEP: "at += 1"}),
+    "the weights are squared in what comes out": (
+        MERGED_SUM,
+        {PART_B: PART_B.replace("weight *", "weight * abs(weight) *")},
+    ),
+    "a combination has the alpha of one": (
+        RANK,
+        {SETTINGS: SETTINGS.replace("one.scaling * r", "one.alpha")},
+    ),
+    "a combination's scaling is one": (
+        RANK,
+        {
+            SETTINGS: SETTINGS.replace("one.scaling * r", "r"),
+            PART_B: PART_B.replace("weight *", "weight * one.scaling *"),
+        },
+    ),
+    "a combination is filled up with A's noise": (
+        RANK,
+        {"r = sum(next(iter(layers.values())).r for _, layers in parts)": "r = 8"},
+    ),
+    "combining scales the parts": (
+        PARTS,
+        {PART_B: PART_B.replace("weight * part.lora_B", "part.lora_B.mul_(weight)")},
+    ),
+    "the parts are dropped": (
+        PARTS,
+        {"{**_held(model), name: new}": "{name: new}"},
+    ),
+    "a combination has the first part's rank on paper": (
+        test_a_combination_can_be_combined,
+        {"m.lora_A.zero_()": "m.lora_A.zero_()\n        m.r = one.r"},
+    ),
+    "unequal scalings are added up": (
+        SCALINGS,
+        {"if not math.isclose(min(scalings), max(scalings)):": "if False:"},
+    ),
+    "a last digit counts as another scaling": (
+        SCALINGS,
+        {"if not math.isclose(min(scalings), max(scalings)):": "if len(scalings) > 1:"},
+    ),
+    "what is no number is a weight": (WEIGHTS, {"and math.isfinite(w)": ""}),
+    "no weights are a combination": (WEIGHTS, {"if not numbers or not": "if not"}),
+}
