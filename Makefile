@@ -15,7 +15,7 @@ BOOK_SOURCES := _config.yml _toc.yml book/. notebooks/. \
 	$(wildcard notebooks/*.ipynb peftlab/*.py) \
 	$(shell find book -mindepth 1 -not -path '*/__pycache__*' -not -path book/_ext)
 
-.PHONY: help setup book serve test notebooks student models results adapterhub
+.PHONY: help setup book serve test notebooks student models results bench adapterhub
 .DELETE_ON_ERROR:
 
 help:  ## show these verbs
@@ -70,8 +70,11 @@ student: $(SETUP)  ## write the student and instructor sheets into _build
 models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
-results: $(SETUP)  ## run the long sweeps again (an hour)
+results: $(SETUP)  ## run the long sweeps again (two hours)
 	$(BIN)/python -m experiments.run
+
+bench: $(SETUP)  ## time every method beside peft's (a quarter of an hour, quiet machine)
+	$(OFFLINE) $(BIN)/python -m experiments.bench
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)

@@ -1,7 +1,7 @@
 """The atlas's figures: one more sweep, on six languages, and the other sweeps' means.
 
 Attention at r=12 and MLP at r=7 have the same number of parameters on tiny-decoder,
-43,008. Run `finnish`, `six_languages` and `step_time` first. Some five minutes on two
+43,008. Run `finnish`, `six_languages` and `bench` first. Some five minutes on two
 cores."""
 
 from experiments.common import best_rate, scores, store, sweep, tune

@@ -27,9 +27,10 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, zoo
-from peftlab.kit.results import share, table, where
+from peftlab.kit import data, measure, plot, results, zoo
+from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
+from tools import figures as prose
 
 LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
 ALL, KEYS = "all-linear", ["k_proj", "v_proj"]
@@ -133,8 +134,8 @@ def _best(runs, name):
 
 
 def derive(runs, frozen):
-    """What the pages quote: for each method the mean, its gain over the frozen base and
-    the gain's interval by a paired bootstrap over seeds and records."""
+    """What the pages quote: for each method the mean, its gain over the frozen base, its
+    gap to LoRA, and their intervals by a paired bootstrap over seeds and records."""
     figures = {}
     for name in dict.fromkeys(r["method"] for r in runs):
         mine = where(runs, method=name)
@@ -142,12 +143,37 @@ def derive(runs, frozen):
         gain, low, high = measure.interval(table(mine, "learned"), base)
         found = dict(gain=gain, low=low, high=high, trainable=mine[0]["trainable"])
         found |= dict(learned=sum(share(r["learned"]) for r in mine) / len(mine))
-        found |= dict(frozen=share(frozen[name]))
+        found |= dict(frozen=share(frozen[name]), rate=mine[0]["lr"])
+        if name in METHODS:
+            lora_runs = table(where(runs, method="LoRA"), "learned")
+            gap, *ends = measure.interval(table(mine, "learned"), lora_runs)
+            found |= dict(gap=gap, gap_low=ends[0], gap_high=ends[1])
+            found |= dict(base=sum(share(r["base"]) for r in mine) / len(mine))
+            found |= dict(refuse=sum(share(r["refuse"]) for r in mine) / len(mine))
         figures |= {
             f"{name}.{key}": dict(value=value, tolerance=0.05)
             for key, value in found.items()
         }
     return figures
+
+
+def draw(runs):
+    """What each method learns and what it keeps, a dot a seed, the best on top."""
+    names = {r["method"]: r["trainable"] for r in runs if r["method"] in METHODS}
+    mean = {n: sum(shares(where(runs, method=n), "learned")) for n in names}
+    order = sorted(names, key=mean.get)
+    titles = dict(learned="learnt: Finnish dates", base="kept: base dates")
+    axes = plot.axes("exact match", "", columns=2, figsize=(7.6, 4.6), sharey=True)
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for y, name in enumerate(order):
+            x = shares(where(runs, method=name), key)
+            color = plot.COLORS["full" if name == "full" else "LoRA"]
+            ax.plot(x, [y] * len(x), "o", ms=4, alpha=0.6, color=color)
+            ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color)
+        ax.set(title=title, xlim=(-0.03, 1.03), yticks=range(len(order)))
+        ax.set_yticklabels([f"{name}  {names[name]:,}" for name in order])
+    picture = results.FOLDER.parent / "_static" / "families.png"
+    axes[0].figure.savefig(picture, dpi=160, metadata={"Software": None})
 
 
 def main():
@@ -166,6 +192,9 @@ def main():
     more = dict(best=best, rates=tried, frozen=frozen, setting=setting)
     figures = derive(runs, frozen)
     store("families", runs, figures=figures, **more)
+    draw(runs)
+    page = results.FOLDER.parent / "methods.md"
+    page.write_text(prose.refresh(page.read_text("utf8")), "utf8")
     for name in names:
         found = {k: figures[f"{name}.{k}"]["value"] for k in ("learned", "low", "high")}
         print(

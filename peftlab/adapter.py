@@ -20,9 +20,9 @@ $$ h \leftarrow h + s\,(W_\uparrow f(W_\downarrow u + b_\downarrow) + b_\uparrow
 the `adapters` library, with Pfeiffer's oddity: LN runs twice, and h is kept, not the
 LN(h + x) that was read. T5 and Llama have no LN after: u is h + x, and parallel's x is
 not normalised. T5's cross-attention gets none. Houlsby et al. start both W at std 0.01,
-the library (but for parallel) at 0.02. It has f = silu for Houlsby, and of two parallel
-ones stacked it keeps the last, where we add both. Left out: the norms that Houlsby et
-al. train too; `merge`, as a nonlinear f fits into no weight.
+the library (but for parallel) at 0.02. The library has f = silu for Houlsby, and of two
+parallel ones stacked it keeps the last, where we add both. Left out: the norms that
+Houlsby et al. train too; `merge`, as a nonlinear f fits into no weight.
 """
 
 import re

@@ -9,12 +9,14 @@ $$ y = W x + b, \qquad b \leftarrow b - \eta\, \partial \mathcal{L} / \partial b
 | $W$ | (out, in) | `weight` | pretrained, frozen |
 | $b$ | (out,) | `bias` | pretrained; zero where `create` makes it |
 
-All biases of BERT-base are 102,912 numbers, 0.09% of it; the paper also trains only the
-queries' and the first feed-forward layer's: `targets`. Models such as Llama have none:
-`create=True` makes them, zero, so step 0 changes nothing. The neighbour is norm tuning,
-`add_norms` (Zhao et al. 2023, arXiv 2312.11420; peft's LNTuning). No module is wrapped:
-`merge` just ends the training. peft has no BitFit. The paper also trains the task's new
-head; that is yours to unfreeze.
+BERT-base has 102,912 biases, 0.09% of it. A second setting of the paper trains just
+those of the queries and of the first feed-forward layer: `targets`. Models such as
+Llama have none: `create=True` makes them, zero, so step 0 changes nothing;
+`from_pretrained` would drop them, so create them again before `load_state_dict`. A bias
+has its layer's dtype: in 16 bits small steps round to nothing. The neighbour is norm
+tuning, `add_norms` (Zhao et al. 2023, arXiv 2312.11420; peft's LNTuning). No module is
+wrapped: `merge` just ends the training. peft has no BitFit. The paper also trains the
+task's new head; that is yours to unfreeze.
 """
 
 import torch
@@ -118,7 +120,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:

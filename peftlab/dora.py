@@ -12,10 +12,10 @@ $$ y = \frac{m}{\lVert W + s\,BA \rVert} \odot (W x + s\,B A x) + \mathrm{bias},
 | $m$ | (out,) | `dora_m` | $\lVert W \rVert$, so step 0 changes nothing |
 
 The norm is of each row of (out, in), one an output; the paper's W lies the other way,
-so it says columns. It is a constant to the gradient (section 4.3). Measuring W + sBA
-whole costs one (out, in) matrix; the square expanded would need none, but where sBA
-nearly cancels a row it is all rounding. Not here: dropout, rsLoRA, embeddings, a packed
-(4- or 8-bit) base.
+so it says columns. It is a constant to the gradient (section 4.3). We build W + sBA to
+measure it, an (out, in) matrix; expanding the square would avoid that, but where sBA
+nearly cancels a row, only rounding is left. Not here: dropout, rsLoRA, embeddings, a
+packed (4- or 8-bit) base.
 """
 
 import math
@@ -67,10 +67,11 @@ def add(model, targets, r=8, alpha=16):
     if any(isinstance(m, DoRALinear) for m in model.modules()):
         raise ValueError("the model carries DoRA already: merge it first")
     chosen = _select(model, targets)
-    if any(not m.weight.is_floating_point() for m in chosen):
+    weights = [m.weight for m in chosen]
+    if any(hasattr(w, "quant_state") or not w.is_floating_point() for w in weights):
         raise ValueError("DoRA cannot take the norm of a packed (4- or 8-bit) weight")
-    model.requires_grad_(False)
-    _replace(model, {m: DoRALinear(m, r, alpha).train(m.training) for m in chosen})
+    wrappers = {m: DoRALinear(m, r, alpha).train(m.training) for m in chosen}
+    _replace(model.requires_grad_(False), wrappers)
     return model
 
 
@@ -130,7 +131,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:

@@ -46,8 +46,8 @@ def add(model, targets, feedforward=()):
         raise ValueError("the model carries IA3 already: merge it first")
     inputs = _select(model, feedforward) if feedforward else []
     chosen = [*inputs, *(_select(model, targets) if targets or not inputs else [])]
-    model.requires_grad_(False)
-    _replace(model, {m: IA3Linear(m, m in inputs).train(m.training) for m in chosen})
+    wrappers = {m: IA3Linear(m, m in inputs).train(m.training) for m in chosen}
+    _replace(model.requires_grad_(False), wrappers)
     return model
 
 
@@ -90,11 +90,11 @@ def merge(model):
 @torch.no_grad()
 def unmerge(model, tensors):
     """Undo the `merge` of `tensors`, a `state_dict`, up to rounding; returns the model.
-    ValueError, unchanged, for none, no fit, a zero (what it erased is gone), twice."""
+    ValueError, nothing changed: no tensors, one unfit or with a zero, IA3 unmerged."""
     if any(isinstance(m, IA3Linear) for m in model.modules()):
         raise ValueError("the model carries IA3 already: merge it first")
     own = {n.removesuffix(".ia3_l"): v for n, v in tensors.items()}
-    _select(model, [*own] or "all-linear")  # raises for what is no linear
+    _select(model, [*own])  # raises for what is no linear
     old = {m: own[p] for p, m in model.named_modules() if torch.is_tensor(own.get(p))}
     new = {m: IA3Linear(m, v.shape != (_shape(m)[0], 1)) for m, v in old.items()}
     fit = [new[m].ia3_l.shape == v.shape and (v / v == 1).all() for m, v in old.items()]
@@ -132,7 +132,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:

@@ -10,10 +10,10 @@ $$ y = W x + s\,B A x, \qquad s = \alpha / r, \text{ with rsLoRA } \alpha / \sqr
 | $A$ | (r, in) | `lora_A` | random, uniform in $\pm 1/\sqrt{\mathrm{in}}$ |
 | $B$ | (out, r) | `lora_B` | zero, so step 0 changes nothing |
 
-A and B are float32 over a 16-bit or packed base. No mode changes a weight; `merge` is a
-verb. The paper draws A from a Gaussian; we, as peft does, from Kaiming's uniform. Not
-here: embeddings, convolutions, `nn.MultiheadAttention` and the fast path of
-`nn.TransformerEncoderLayer`, which read a layer's weight and never call it.
+A and B are float32 over a 16-bit or packed base. Only `merge` changes a weight, never
+`train` or `eval`. The paper draws A from a Gaussian; we, as peft, by Kaiming's rule.
+Not here: embeddings, convolutions, `nn.MultiheadAttention` and the fast path of
+`nn.TransformerEncoderLayer`: both read a layer's weight and never call it.
 """
 
 import math
@@ -132,7 +132,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:

@@ -15,8 +15,8 @@ The model, its adapter and its file are plain LoRA's; only the optimizer's group
 differ. Give them to any torch optimizer:
 `AdamW(lora_plus.parameter_groups(model, 1e-4))`. B is found by its name, ours and
 peft's. Biases learn at A's rate, as does LoRA on an embedding, whose B is random and
-A zero at the start. peft gives biases B's rate, embeddings a third, and splits the
-groups once more, by weight decay.
+A zero at the start. peft gives biases B's rate, such embeddings one of their own, and
+splits B's group once more, by weight decay.
 """
 
 import math
@@ -27,8 +27,9 @@ def parameter_groups(model, lr, ratio=16):
 
     lr: the learning rate of A, and of biases or heads that train along. ratio: how many
     times faster B learns. Returns [{"params": [...], "lr": lr}, {"params": [B, ...],
-    "lr": lr * ratio}]; a scheduler multiplies both. Raises ValueError for a rate or
-    ratio that is not a positive number, and where no B trains."""
+    "lr": lr * ratio}]; a LambdaLR scales both, OneCycleLR overwrites both: give it both
+    as max_lr. Raises ValueError for a rate or ratio that is not a positive number, and
+    where no B trains."""
     for name, value in (("lr", lr), ("ratio", ratio)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 < value < math.inf:

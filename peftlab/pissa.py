@@ -10,9 +10,9 @@ W^\mathrm{res} = W - BA, \qquad y = W^\mathrm{res} x + B A x $$
 | $W^\mathrm{res}$ | (out, in) | `base.weight` | W less its first r directions; frozen |
 | $A$, $B$ | (r, in), (out, r) | `lora_A`, `lora_B` | singular vectors, scaled |
 
-The paper writes x W and A B; its alpha is r: no scaling. What is trained fits only this
-residual; `to_lora` makes a LoRA of rank 2r for the original base. peft has a faster SVD
-too, which is not exact. Not here: dropout, packed bases (QPiSSA).
+The paper writes x W and A B; its alpha is r: no scaling. A 16-bit residual is rounded.
+A and B fit it alone; `to_lora` makes a LoRA of rank 2r for the original base. peft also
+has a faster, inexact SVD. Not here: dropout, packed bases (QPiSSA).
 """
 
 import torch
@@ -29,8 +29,8 @@ class PiSSALinear(nn.Module):
         w = w.T if type(base).__name__ == "Conv1D" else w  # (out, in)
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
         root = s[:r].sqrt()
-        self.lora_A = nn.Parameter(root[:, None] * vh[:r])  # (r, in)
-        self.lora_B = nn.Parameter(u[:, :r] * root)  # (out, r)
+        self.lora_A = nn.Parameter((root[:, None] * vh[:r]).contiguous())  # (r, in)
+        self.lora_B = nn.Parameter((u[:, :r] * root).contiguous())  # (out, r)
         self.start = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     weight = property(lambda self: self.base.weight)  # T5 asks a layer for its dtype
@@ -50,15 +50,15 @@ def add(model, targets, r=8):
     if any(isinstance(m, PiSSALinear) for m in model.modules()):
         raise ValueError("the model carries PiSSA already: merge it first")
     chosen = _select(model, targets)
-    if any(not m.weight.is_floating_point() for m in chosen):
+    weights = [m.weight for m in chosen]
+    if any(hasattr(w, "quant_state") or not w.is_floating_point() for w in weights):
         raise ValueError("PiSSA cannot split a packed (4- or 8-bit) weight")
     if r > (most := min(min(_shape(m)) for m in chosen)):
         raise ValueError(f"the rank r is {r}, but a target's weight has only {most}")
     wrappers = {m: PiSSALinear(m, r).train(m.training) for m in chosen}
-    model.requires_grad_(False)
     for m, new in wrappers.items():
         _shift(m, -new.lora_B @ new.lora_A)
-    _replace(model, wrappers)
+    _replace(model.requires_grad_(False), wrappers)
     return model
 
 
@@ -132,7 +132,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:

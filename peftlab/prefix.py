@@ -14,9 +14,9 @@ $$ \mathrm{softmax}\Big(\frac{Q\,[P^K;\ K]^\top}{\sqrt{d_h}}\Big)\,[P^V;\ V] $$
 kv is $d_h$ times the key-value heads; layer l has its key at 2l, its value at 2l + 1.
 `state_dict` gives what the MLP makes. The text's positions start at n. A row padded on
 the left answers as it does alone (peft counts the pads). As in peft, T5's prefix is in
-the decoder's self-attention (the paper: in the encoder too), and layer l reads pair 2l
-modulo layers: if layers is even, half of the pairs are read twice, the rest never. Not
-here: encoders, static caches, checkpointing, a start from activations (section 7.4).
+the decoder's self-attention (the paper: in the encoder too) and, an oddity of peft's,
+layer l reads pair 2l mod layers: if layers is even, half serve twice, the rest never.
+Not here: encoders, static caches, checkpointing, a start from activations (7.4).
 """
 
 import inspect
@@ -72,13 +72,13 @@ class PrefixModel(nn.Module):
         mask, n = inputs.get(which), self.n
         cache = None if inputs.get("use_cache") is False else inputs.get(self._cache)
         at, begins = inputs.get("position_ids"), not (cache and cache.get_seq_length())
+        text = [t for k, t in inputs.items() if "input" in k and t is not None][0]
         if begins:
-            text = [t for k, t in inputs.items() if "input" in k and t is not None]
-            inputs[self._cache] = self._filled(cache, len(text[0]))
+            inputs[self._cache] = self._filled(cache, len(text))
         if mask is not None:
             inputs[which] = nn.functional.pad(mask, (n, 0), value=1)
-            if at is None and begins and self._told and not mask[:, 0].all():
-                at = (mask.cumsum(1) - 1).clamp(0)  # pads on the left do not count
+            if at is None and self._told and not mask[:, 0].all():  # pads do not count
+                at = (mask.cumsum(1) - 1).clamp(0)[:, -text.shape[1] :]
         if at is not None:
             inputs["position_ids"] = at + n
         return inputs

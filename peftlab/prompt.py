@@ -12,12 +12,12 @@ $$ \Pr_{\theta;\,P}\,\big(Y \mid [P;\ E(X)]\big) $$
 
 P is float32 over a 16-bit base. Logits cover n + tokens slots. A row padded on the left
 becomes [pads, prompt, text], its pads take no position: it answers as it does alone.
-Not here: ensembles (section 6), static caches, 4-D masks, `start_positions`, padding on
-the left where the first slot is pooled or positions start at 2 (BERT's head, RoBERTa).
+Not here: ensembles (section 6), static caches, 4-D masks, `start_positions`, unmasked
+pads, padding on the left where BERT pools the first slot or RoBERTa counts from 2.
 
 peft leaves such pads between prompt and text, and counts them; draws "random" from a
-standard normal (here the paper's, uniform in $\pm 0.5$); drops position ids; leaves the
-labels of single tokens unmoved. For an encoder-decoder, where the prompt stands in the
+standard normal (here the paper's, uniform in $\pm 0.5$); drops position ids; does not
+lengthen a token classifier's labels. For an encoder-decoder, whose prompt stands in the
 encoder, it keeps (2n, d) and reads the first n rows alone: `decoder=True`.
 """
 
@@ -28,8 +28,7 @@ from torch import nn
 
 
 class PromptModel(nn.Module):
-    """A frozen `model` that reads `prompt_embeddings` before its text. What is not here
-    (config, device, generation_config...) is looked up in the model."""
+    """A frozen `model` that reads a prompt first; config, device... are the model's."""
 
     def __init__(self, model, n, rows, decoder, encodes):
         super().__init__()
@@ -77,8 +76,9 @@ class PromptModel(nn.Module):
         if (at := inputs.get("position_ids")) is not None:
             at, first = at + n, torch.arange(n)
             inputs["position_ids"] = _join(first, at, order) if begins else at
-        elif begins and order is not None and self._told:  # else it counts the slots
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
+        elif order is not None and self._told:  # else it counts the slots
+            at = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
+            inputs["position_ids"] = at if begins else at[:, -input_ids.shape[1] :]
         return inputs
 
 

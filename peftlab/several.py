@@ -16,7 +16,7 @@ The active adapter hangs in the model, so all of `lora`'s verbs and the saving o
 work on it; the others wait beside the model, and switching puts them in its place. A
 combination is exact: the ranks are stacked, as in peft's "cat". peft's "linear" adds
 the A's and the B's apart, which brings in products of one's B with another's A.
-`lora.merge` moves the base under all that are held: deepcopy the model before it.
+`lora.merge` changes the base that all held adapters share: deepcopy the model first.
 Not here: several at once in one batch, biases (they belong to the base).
 """
 
@@ -100,6 +100,8 @@ def combine(model, weights, name):
         raise ValueError(f"weights must be {{name: finite number}}, not {weights!r}")
     parts = [(weight, _layers(model, k)) for k, weight in weights.items()]
     scalings = {m.scaling for _, layers in parts for m in layers.values()}
+    if not {m.base for _, p in parts for m in p.values()} <= {*model.modules()}:
+        raise ValueError("layers that these adapters belong to have left the model")
     if not math.isclose(min(scalings), max(scalings)):
         raise ValueError(f"adapters of different scalings do not add up: {scalings}")
     r = sum(next(iter(layers.values())).r for _, layers in parts)

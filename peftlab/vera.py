@@ -47,8 +47,7 @@ def add(model, targets, r=256, seed=0):
     """Freeze `model`, put VeRA beside its target layers in place, and return it.
     targets: names of linear layers, each a full path or a dotted suffix ("q_proj"), or
     "all-linear", all but the output head. r: rank of the shared matrices. seed: where
-    they come from, 0 or more. Raises ValueError, the model unchanged, for a value out
-    of range, a target without a match, and VeRA twice."""
+    they come from. ValueError, nothing changed: a bad value, no match, VeRA twice."""
     if type(r) is not int or r < 1:
         raise ValueError(f"the rank r must be a whole number of at least 1, not {r!r}")
     if type(seed) is not int or not 0 <= seed < 2**63:
@@ -60,8 +59,8 @@ def add(model, targets, r=256, seed=0):
     w = chosen[0].weight
     like = dict(device=w.device, dtype=torch.promote_types(w.dtype, torch.float32))
     A, B = (nn.Parameter(t.to(**like), False) for t in shared(n_in, n_out, r, seed))
-    model.requires_grad_(False)
-    _replace(model, {m: VeRALinear(m, A, B, seed).train(m.training) for m in chosen})
+    wrappers = {m: VeRALinear(m, A, B, seed).train(m.training) for m in chosen}
+    _replace(model.requires_grad_(False), wrappers)
     return model
 
 
@@ -103,8 +102,9 @@ def merge(model):
     the model, frozen. ValueError, unchanged, without VeRA or on a packed weight."""
     state_dict(model)  # raises where there is no VeRA
     layers = {m: m.base for m in model.modules() if isinstance(m, VeRALinear)}
-    if any(not base.weight.is_floating_point() for base in layers.values()):
-        raise ValueError("VeRA cannot be merged into a packed (4- or 8-bit) weight")
+    for base in layers.values():
+        if hasattr(base.weight, "quant_state") or not base.weight.is_floating_point():
+            raise ValueError("VeRA cannot be merged into a packed (4- or 8-bit) weight")
     for m, base in layers.items():
         A, B = m.slices()
         delta = (m.vera_b[:, None] * B * m.vera_d) @ A  # (out, in)
@@ -132,7 +132,7 @@ def _select(model, targets):
             raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
         head = getattr(model, "get_output_embeddings", lambda: None)()
         inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score"}  # and what is in them: RoBERTa's has two layers
+        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
         linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
         targets = [p[1:] for p in linears]
     if not isinstance(targets, list | tuple | set) or not targets:
