@@ -13,6 +13,7 @@ from pathlib import Path
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftlab import (
@@ -38,24 +39,24 @@ RATE, REPEATS = 1e-4, 3
 WIDTHS = {192: 30, 512: 10, 1024: 5}  # width: turns
 TASK = dict(task_type="CAUSAL_LM")
 SOFT = dict(num_virtual_tokens=16, **TASK)
-METHODS = {  # {name: (ours, peft's config)}; None where peft has no such method
-    "LoRA": (lambda m: lora.add(m, ALL, r=8), dict(r=8, lora_alpha=16)),
-    "LoRA+": (lambda m: lora.add(m, ALL, r=8), dict(r=8, lora_alpha=16)),
+METHODS = {  # {name: (ours, peft's, made anew each time: it writes into its config)}
+    "LoRA": (lambda m: lora.add(m, ALL, r=8), lambda: theirs(alpha=16)),
+    "LoRA+": (lambda m: lora.add(m, ALL, r=8), lambda: theirs(alpha=16)),
     "DoRA": (
         lambda m: dora.add(m, ALL, r=8),
-        dict(r=8, lora_alpha=16, use_dora=True),
+        lambda: theirs(alpha=16, use_dora=True),
     ),
     "PiSSA": (
         lambda m: pissa.add(m, ALL, r=8),
-        dict(r=8, lora_alpha=8, init_lora_weights="pissa"),
+        lambda: theirs(alpha=8, init_lora_weights="pissa"),
     ),
     "VeRA": (
         lambda m: vera.add(m, ALL, r=256),
-        peft.VeraConfig(r=256, target_modules=ALL, **TASK),
+        lambda: peft.VeraConfig(r=256, target_modules=ALL, **TASK),
     ),
     "IA3": (
         lambda m: ia3.add(m, KEYS, ["down_proj"]),
-        peft.IA3Config(
+        lambda: peft.IA3Config(
             target_modules=[*KEYS, "down_proj"],
             feedforward_modules=["down_proj"],
             **TASK,
@@ -63,13 +64,13 @@ METHODS = {  # {name: (ours, peft's config)}; None where peft has no such method
     ),
     "norms": (
         bitfit.add_norms,
-        peft.LNTuningConfig(target_modules=r".*norm", **TASK),
+        lambda: peft.LNTuningConfig(target_modules=r".*norm", **TASK),
     ),
-    "prompt": (lambda m: prompt.add(m, 16), peft.PromptTuningConfig(**SOFT)),
-    "prefix": (lambda m: prefix.add(m, 16), peft.PrefixTuningConfig(**SOFT)),
+    "prompt": (lambda m: prompt.add(m, 16), lambda: peft.PromptTuningConfig(**SOFT)),
+    "prefix": (lambda m: prefix.add(m, 16), lambda: peft.PrefixTuningConfig(**SOFT)),
     "prefix, MLP": (
         lambda m: prefix.add(m, 16, hidden=128),
-        peft.PrefixTuningConfig(
+        lambda: peft.PrefixTuningConfig(
             prefix_projection=True, encoder_hidden_size=128, **SOFT
         ),
     ),
@@ -78,6 +79,10 @@ METHODS = {  # {name: (ours, peft's config)}; None where peft has no such method
     "adapter, Pfeiffer": (lambda m: adapter.add(m, "pfeiffer", bottleneck=64), None),
     "adapter, parallel": (lambda m: adapter.add(m, "parallel", bottleneck=64), None),
 }
+
+
+def theirs(alpha, **more):
+    return peft.LoraConfig(r=8, lora_alpha=alpha, target_modules=ALL, **more, **TASK)
 
 
 def llama(width):
@@ -97,10 +102,8 @@ def models(name, width):
     """{"peftlab": model, "peft": model}, or ours and the model tuned in full."""
     ours, config = METHODS[name]
     found = {"peftlab": ours(llama(width))}
-    if isinstance(config, dict):
-        config = peft.LoraConfig(target_modules=ALL, **config, **TASK)
     if config is not None:
-        found["peft"] = peft.get_peft_model(llama(width), config)
+        found["peft"] = peft.get_peft_model(llama(width), config())
     if config is None or name == "LoRA":
         found["full"] = llama(width)
     return found
@@ -189,7 +192,7 @@ def draw(figures):
     """One dot for each method and width: time and memory, ours over peft's."""
     names = [n for n, (_, config) in METHODS.items() if config is not None][::-1]
     titles = dict(seconds="step time, ours / peft's", peak="peak memory, ours / peft's")
-    axes = plot.axes("ratio", "", columns=2, figsize=(7.6, 4.2), sharey=True)
+    axes = plot.axes("ratio", "", columns=2, figsize=(6.4, 4.4), sharey=True)
     for ax, key in zip(axes, titles, strict=True):
         for i, (width, color) in enumerate(
             zip(WIDTHS, ("LoRA", "full", "peft"), strict=True)
@@ -206,7 +209,7 @@ def draw(figures):
 
 def main():
     repeats = []
-    for _ in range(REPEATS):
+    for _ in tqdm(range(REPEATS), desc="repeats"):
         repeats.append(
             {
                 name: {str(w): one(name, w, n) for w, n in WIDTHS.items()}

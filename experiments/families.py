@@ -134,8 +134,8 @@ def _best(runs, name):
 
 
 def derive(runs, frozen):
-    """What the pages quote: for each method the mean, its gain over the frozen base, its
-    gap to LoRA, and their intervals by a paired bootstrap over seeds and records."""
+    """What the pages quote: each method's mean, gain over the frozen base and gap to
+    LoRA, and their intervals by a paired bootstrap over seeds and records."""
     figures = {}
     for name in dict.fromkeys(r["method"] for r in runs):
         mine = where(runs, method=name)
@@ -163,7 +163,7 @@ def draw(runs):
     mean = {n: sum(shares(where(runs, method=n), "learned")) for n in names}
     order = sorted(names, key=mean.get)
     titles = dict(learned="learnt: Finnish dates", base="kept: base dates")
-    axes = plot.axes("exact match", "", columns=2, figsize=(7.6, 4.6), sharey=True)
+    axes = plot.axes("exact match", "", columns=2, figsize=(6.4, 4.8), sharey=True)
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for y, name in enumerate(order):
             x = shares(where(runs, method=name), key)

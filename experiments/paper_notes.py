@@ -39,8 +39,8 @@ INTRODUCTIONS = {
         {cite:p}`touvron2023llama2` and Llama 3 {cite:p}`grattafiori2024llama3`.""",
     "LoRA on encoders and GPT-2": """
         Tables 2 and 3 of {cite:t}`hu2021lora`, on query and value: r(in + out) for each
-        matrix. GPT-2 keeps query, key and value in one matrix; r(d + 3d) on that one is
-        as many as r(d + d) on each of two.""",
+        matrix. GPT-2 keeps query, key and value in one matrix; r(d+3d) on that one is
+        as many as r(d+d) on each of two.""",
     "LoRA on GPT-3": """
         Tables 4, 5 and 15, section 4.2 and Appendix D.4 of {cite:t}`hu2021lora`: 96
         layers, d = 12,288, and 2dr for each adapted matrix.""",

@@ -576,7 +576,7 @@ MUTATIONS = {
     ),
     "a classifier gets a created bias": (
         test_the_output_head_gets_no_created_bias,
-        {'{"classifier", "score"}': '{"score"}'},
+        {'{"classifier", "score", ': '{"score", '},
     ),
     "targets are ignored": (TARGETS, {CHOSEN: "_biases(model)"}),
     "a target's weight trains too": (

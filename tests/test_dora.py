@@ -436,15 +436,15 @@ MUTATIONS = {
     ),
     "a packed weight is accepted": (
         test_a_packed_weight_is_refused,
-        {"any(not m.weight.is_floating_point() for m in chosen)": "False"},
+        {'any(hasattr(w, "quant_state") or not w.is_floating_point()': "any(0"},
     ),
     "the base is not frozen": (
         every.test_only_what_the_state_dict_names_trains,
-        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
     ),
     "the base trains along": (
         every.test_frozen_weights_are_bit_identical_after_training,
-        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
     ),
     "the state dict leaves m out": (
         every.test_only_what_the_state_dict_names_trains,

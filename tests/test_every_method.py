@@ -8,6 +8,7 @@ import copy
 import importlib
 import inspect
 
+import bitsandbytes
 import pytest
 import torch
 from common import (
@@ -23,6 +24,7 @@ from common import (
     train,
     trainable,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     MixtralConfig,
@@ -340,6 +342,34 @@ def test_the_verbs_say_so_where_there_is_nothing(method):
             getattr(method, verb)(model, *[{}] * (verb == "load_state_dict"))
         assert_one_sentence(error)
         assert_unchanged(model, before)
+
+
+def test_what_the_state_dict_gives_goes_into_a_safetensors_file(method, tmp_path):
+    own = method.state_dict(stir(method, put(method, net())))
+    save_file(own, tmp_path / "own.safetensors")
+    back = load_file(tmp_path / "own.safetensors")
+    assert all(torch.equal(back[n], t) for n, t in own.items())
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_four_bit_weight_is_known_by_any_storage(method, storage):
+    def build():
+        settings = dict(quant_type="nf4", quant_storage=storage)
+        packed = bitsandbytes.nn.Linear4bit(64, 64, **settings).to("cpu")
+        return nn.ModuleDict({"plain": nn.Linear(64, 64), "packed": packed})
+
+    def unpacked(model):  # 4-bit bytes seen as bfloat16 may be NaN, equal to nothing
+        return snapshot(model["plain"]), trainable(model)
+
+    model = build()
+    before, wraps = unpacked(model), method not in (METHODS["dora"], METHODS["pissa"])
+    if wraps:
+        stir(method, put(method, model, ["plain", "packed"]))
+        before = unpacked(model)
+    with pytest.raises(ValueError, match="packed"):
+        method.merge(model) if wraps else put(method, model, ["plain", "packed"])
+    assert_unchanged(model["plain"], before[0])
+    assert trainable(model) == before[1]
 
 
 def test_each_law_has_a_mutation_that_it_finds():

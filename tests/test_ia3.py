@@ -528,11 +528,10 @@ MUTATIONS = {
     "one vector for keys and values": (
         APART,
         {
-            "_replace(model, {m: IA3Linear(m, m in inputs)"
-            ".train(m.training) for m in chosen})": "_replace(model, new := {m: "
-            "IA3Linear(m, m in inputs).train(m.training) for m in chosen})\n"
-            "    one = new[chosen[0]].ia3_l\n"
-            "    for layer in new.values():\n"
+            "_replace(model.requires_grad_(False), wrappers)": "_replace("
+            "model.requires_grad_(False), wrappers)\n"
+            "    one = wrappers[chosen[0]].ia3_l\n"
+            "    for layer in wrappers.values():\n"
             "        if layer.ia3_l.shape == one.shape:\n"
             "            layer.ia3_l.data = one.data"
         },
@@ -620,15 +619,15 @@ MUTATIONS = {
     "the answer is in float32": (PRECISION, {"(y * scale).to(y.dtype)": "y * scale"}),
     "the base is not frozen": (
         test_only_the_vectors_train,
-        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+        {"model.requires_grad_(False), wrappers": "model, wrappers"},
     ),
     "the vectors are frozen too": (
         test_only_the_vectors_train,
-        {"m in chosen})": "m in chosen})\n    model.requires_grad_(False)"},
+        {"(False), wrappers)": "(False), wrappers)\n    model.requires_grad_(False)"},
     ),
     "the base trains along": (
         test_frozen_weights_are_bit_identical_after_training,
-        {"model.requires_grad_(False)\n    _replace": "_replace"},
+        {"model.requires_grad_(False), wrappers": "model, wrappers"},
     ),
     "the new layers are in train mode": (
         every.test_the_new_layers_are_in_the_models_mode,

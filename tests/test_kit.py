@@ -1,6 +1,8 @@
 """The plumbing: training, measuring, loading, storing."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,9 @@ def test_figures_have_one_transparent_style():
     assert ax.get_xlabel() == "steps" and ax.figure.get_facecolor()[3] == 0
     assert list(ax.lines[0].get_ydata()) == [2.0, 3.0]
     plot.plt.close("all")
+
+
+def test_importing_peft_after_the_kit_prints_nothing():
+    script = "from peftlab.kit import zoo; import peft, bitsandbytes"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, "a notebook would store this"

@@ -633,7 +633,7 @@ MUTATIONS = {
         READS,
         {"self.mlp(self.prompt_embeddings).to": "(0 * self.prompt_embeddings).to"},
     ),
-    "the prefix never gets in": (READS, {"self._filled(cache, len(text[0]))": "cache"}),
+    "the prefix never gets in": (READS, {"self._filled(cache, len(text))": "cache"}),
     "as many key-value heads as heads": (
         SIZES,
         {'getattr(config, "num_key_value_heads", None) or heads': "heads"},

@@ -594,7 +594,7 @@ MUTATIONS = {
     "the prompt is masked": (RIGHT, {'{"attention_mask": 1}': '{"attention_mask": 0}'}),
     "pads on the right are not counted": (
         RIGHT,
-        {"begins and order is not None": "begins and attention_mask is not None"},
+        {"elif order is not None": "elif attention_mask is not None"},
     ),
     "the mask does not grow": (
         RIGHT,

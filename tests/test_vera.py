@@ -454,15 +454,15 @@ MUTATIONS = {
     ),
     "merging stops at a packed weight half-way": (
         test_merging_refuses_a_packed_weight_before_the_first_layer,
-        {"any(not base.weight.is_floating_point() for base in layers.values())": "0"},
+        {'hasattr(base.weight, "quant_state") or not': "False and not"},
     ),
     "the base is not frozen": (
         ONLY,
-        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
     ),
     "the base trains along": (
         every.test_frozen_weights_are_bit_identical_after_training,
-        {"    model.requires_grad_(False)\n    _replace": "    _replace"},
+        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
     ),
     "the state dict leaves d out": (ONLY, {'("vera_d", "vera_b")': '("vera_b",)'}),
     "the state dict holds A and B": (

@@ -3,6 +3,7 @@
 Nothing here reaches for the network unless you ask: `load()` gives the shipped
 tiny-decoder, and only a name that you pass makes it load something else."""
 
+import logging as standard_logging
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers.utils import logging
 
 # peft 0.21 asks transformers by an old name; the notebooks would store the warning.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+# On a CPU with AVX512-BF16 bitsandbytes misses an optional package, and says so.
+standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")
 
 MODELS = Path(__file__).parents[1] / "models"
 
