@@ -136,7 +136,7 @@ def _best(runs, name):
 def derive(runs, frozen):
     """What the pages quote: each method's mean, gain over the frozen base and gap to
     LoRA, and their intervals by a paired bootstrap over seeds and records."""
-    figures = {}
+    figures = {"frozen.base": dict(value=share(frozen["base"]), tolerance=0.05)}
     for name in dict.fromkeys(r["method"] for r in runs):
         mine = where(runs, method=name)
         base = [[c == "1" for c in frozen[name]]] * len(mine)
@@ -144,6 +144,8 @@ def derive(runs, frozen):
         found = dict(gain=gain, low=low, high=high, trainable=mine[0]["trainable"])
         found |= dict(learned=sum(share(r["learned"]) for r in mine) / len(mine))
         found |= dict(frozen=share(frozen[name]), rate=mine[0]["lr"])
+        seeds = shares(mine, "learned")
+        found |= dict(lowest=min(seeds), highest=max(seeds))
         if name in METHODS:
             lora_runs = table(where(runs, method="LoRA"), "learned")
             gap, *ends = measure.interval(table(mine, "learned"), lora_runs)
@@ -188,6 +190,7 @@ def main():
     }
     known = bits(model, tokenizer, dates("fi", 400, "test"))
     frozen = {name: untold.get(name, known) for name in names}
+    frozen["base"] = scores(model, tokenizer, ["fi"], 400)["base"]
     setting = dict(steps=STEPS, batch=BATCH, tokens=TOKENS, language="fi")
     more = dict(best=best, rates=tried, frozen=frozen, setting=setting)
     figures = derive(runs, frozen)
