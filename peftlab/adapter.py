@@ -132,8 +132,8 @@ def load_state_dict(model, tensors, name=None):
     all. ValueError, nothing copied, for a missing or unexpected path, a wrong shape."""
     own = state_dict(model, name)
     for path in sorted(own.keys() | tensors.keys()):
-        got, want = (getattr(d.get(path), "shape", None) for d in (tensors, own))
-        if got != want:
+        got, want = (str(getattr(d.get(path), "shape", None)) for d in (tensors, own))
+        if got != want or path not in own:
             raise ValueError(f"{path}: its shape is {got} here, {want} in the model")
     for path, t in own.items():
         t.copy_(tensors[path])

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
+import torch
 from safetensors.torch import load_file, save_file
 
 from peftlab import dora, ia3, lora, pissa, prefix, prompt, vera
@@ -102,6 +103,7 @@ TASKS = {  # how a class's name ends, and peft's name for its task
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "MTModel": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -134,7 +136,7 @@ def save(model, folder, heads=(), task_type=None):
         task_type = next(ends, "FEATURE_EXTRACTION" if soft else None)
     heads = [*heads, *(h for h in HEADS.get(task_type, ()) if hasattr(base, h))]
     heads = list(dict.fromkeys(heads))
-    if missing := set(heads) - {path for path, _ in base.named_modules()}:
+    if missing := set(heads) - {path for path, _ in base.named_modules() if path}:
         raise ValueError(f"there is no module {min(missing)!r} to save as a head")
     if both := [path for path in layers if _under(path, heads)]:
         raise ValueError(f"{both[0]} carries {name}: it cannot be in a head as well")
@@ -168,8 +170,15 @@ def load(model, folder):
     and for a setting that is not supported."""
     name, config, tensors = _read(Path(folder))
     heads, found = config["modules_to_save"] or (), {}
+    kept, there = {n for n, _ in model.named_parameters()}, model.state_dict()
+    twins = {n for n, _ in model.named_parameters(remove_duplicate=False)} - kept
     for key, t in tensors.items():
         plain = _from_file(key, name)
+        # peft also writes a tied bias by its second name, and a vocabulary's weights.
+        same = plain.endswith(".weight") and plain in there
+        same = same and torch.equal(there[plain], t.to(there[plain]))
+        if (same or plain in twins) and not _under(plain, heads):
+            continue
         # With bias="all" peft adds copies of a head's biases, the untrained ones too.
         if not re.search(r"\.(original_module|modules_to_save)\.", plain):
             found[plain] = t
@@ -193,8 +202,10 @@ def _insert_soft(model, name, config, found, heads, folder):
     """The wrapper of a prompt or prefix around the model, with the file's tensor."""
     own = {n: t for n, t in found.items() if n not in heads}
     n, rows = config["num_virtual_tokens"], own.get("prompt_embeddings")
-    if rows is None:
+    if rows is None or rows.dim() != 2:
         raise ValueError(f"{folder} holds no {name} tensors: the adapter is empty")
+    if type(n) is not int or len(rows) not in (n, 2 * n):
+        raise ValueError(f"made for another model: num_virtual_tokens={n!r}")
     trained = {p: p.requires_grad for p in model.parameters()}
     twice = dict(decoder=True) if name == "prompt" and len(rows) == 2 * (n or 0) else {}
     try:
@@ -217,7 +228,12 @@ def _insert(model, name, config, found, heads, folder):
     if strange := sorted(paths ^ _selected(model, config)):
         where = "the file" if strange[0] in paths else "the model"
         raise ValueError(f"made for another model: {strange[0]} is only in {where}")
-    shared = [found.pop(key) for key in SHARED if key in found]
+    shared = {key[-6:]: found.pop(key) for key in SHARED if key in found}
+    narrow = [t for n, t in found.items() if n.endswith((".lora_A", ".vera_d"))]
+    if any(t.shape[:1] != (config["r"],) for t in narrow):
+        raise ValueError(f"made for another model: r={config['r']!r} is not the file's")
+    if config["peft_type"] == "LORA":
+        _scaling(config)  # raises before anything changes
     trained = {p: p.requires_grad for p in model.parameters()}
     weights = {m: m.weight for p, m in model.named_modules() if p in paths}
     _add(model, name, config, sorted(paths))
@@ -260,7 +276,8 @@ def _add(model, name, config, paths):
 def _scaling(config):
     """alpha / r, or with rsLoRA alpha / sqrt(r); ValueError where that is no number."""
     r, alpha = config["r"], config["lora_alpha"]
-    if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or alpha <= 0:
+    whole = type(r) is int and r > 0 and isinstance(alpha, int | float)
+    if not whole or not 0 < alpha < 1e300:
         raise ValueError(f"r={r!r} and lora_alpha={alpha!r} give no scaling")
     return alpha / math.sqrt(r) if config["use_rslora"] else alpha / r
 
@@ -268,10 +285,10 @@ def _scaling(config):
 def _load_shared(layers, tensors):
     """Copy a file's shared A and B over VeRA's, where the file has them."""
     one = next(iter(layers.values()))
-    for name, t in zip(("vera_A", "vera_B"), tensors, strict=False):
+    for name, t in tensors.items():
         if t.shape != getattr(one, name).shape:
             raise ValueError(f"the shared {name} has another shape")
-    for name, t in zip(("vera_A", "vera_B"), tensors, strict=False):
+    for name, t in tensors.items():
         getattr(one, name).data.copy_(t)
 
 
@@ -318,21 +335,27 @@ def _soft_settings(wrapper, name):
     """What peft's config says of a prompt or a prefix."""
     config = wrapper.config.to_dict()
     sizes = {  # the same three sizes by the names that models give them
-        "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-        "num_attention_heads": ("num_attention_heads", "num_heads", "n_head"),
-        "token_dim": ("hidden_size", "d_model", "n_embd"),
+        "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+        "num_attention_heads": (
+            "num_attention_heads",
+            "num_heads",
+            "n_head",
+            "n_heads",
+        ),
     }
     found = {
         k: next((config[n] for n in names if n in config), None)
         for k, names in sizes.items()
     }
     if name == "prefix":  # under grouped-query attention peft counts key-value heads
-        _, heads, size = wrapper.sizes
-        found |= dict(num_attention_heads=heads, token_dim=heads * size)
+        layers, heads, size = wrapper.sizes
+        found |= dict(num_layers=layers, num_attention_heads=heads)
+        found |= dict(token_dim=heads * size)
         found |= dict(encoder_hidden_size=heads * size)
         parts = 2 if wrapper.config.is_encoder_decoder else 1
     else:
         parts = 2 if wrapper.decoder else 1
+        found |= dict(token_dim=wrapper.prompt_embeddings.shape[1])
     return found | dict(num_virtual_tokens=wrapper.n, num_transformer_submodules=parts)
 
 
@@ -345,14 +368,14 @@ def _read(folder):
         name = Path(error.filename or WEIGHTS).name
         note = ", only a pickle" if (folder / "adapter_model.bin").exists() else ""
         raise ValueError(f"{folder} is no adapter folder: no {name}{note}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{folder / CONFIG} is not valid JSON") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{folder / WEIGHTS} is truncated or damaged: {error}"
         ) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         known = ", ".join(DEFAULTS)
         raise ValueError(f"{folder} holds peft_type {kind!r}, not one of {known}")
     harmless = f"{HARMLESS['']} {HARMLESS[kind]}".split()
@@ -427,7 +450,7 @@ def _from_file(key, name):
         return key
     soft = METHODS[name].keys is SOFT
     plain = key.removeprefix("base_model." if soft else PREFIX)
-    plain = re.sub(r"\.base_layer\.bias$", ".bias", plain)
+    plain = re.sub(r"\.base_layer\.(bias|weight)$", r".\1", plain)
     for ours, theirs in METHODS[name].keys.items():
         if plain.endswith(f".{theirs}"):
             return f"{plain.removesuffix(theirs)}{ours}"
@@ -435,8 +458,10 @@ def _from_file(key, name):
 
 
 def _under(path, names):
-    """Whether `path` is, as peft sees it, one of the modules `names` or inside one."""
-    return any(f".{name}." in f".{path}." for name in names)
+    """Whether `path` is, as peft sees it, one of the modules `names` or inside one: it
+    looks at how a path ends, so "classifier" is DistilBERT's `pre_classifier` too."""
+    ends, parts = tuple(names), path.split(".")
+    return any(".".join(parts[: k + 1]).endswith(ends) for k in range(len(parts)))
 
 
 def _tensors_of(heads, model):
@@ -469,7 +494,7 @@ def _named(paths, names):
     if isinstance(names, str):
         try:
             return {path for path in paths if re.fullmatch(names, path)}
-        except re.error:
+        except (re.error, OverflowError, RecursionError):
             raise ValueError(f"{names!r} is not a regular expression") from None
     if not isinstance(names, list | None):
         raise ValueError(f"{names!r} is neither a list of names nor an expression")

@@ -75,8 +75,8 @@ def load_state_dict(model, tensors):
     ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
     own = state_dict(model)
     for name in sorted(own.keys() | tensors.keys()):
-        got, want = (getattr(d.get(name), "shape", None) for d in (tensors, own))
-        if got != want:
+        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
+        if got != want or name not in own:
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
     for name, t in own.items():
         t.copy_(tensors[name])

@@ -16,7 +16,8 @@ kv is $d_h$ times the key-value heads; layer l has its key at 2l, its value at 2
 the left answers as it does alone (peft counts the pads). As in peft, T5's prefix is in
 the decoder's self-attention (the paper: in the encoder too) and, an oddity of peft's,
 layer l reads pair 2l mod layers: if layers is even, half serve twice, the rest never.
-Not here: encoders, static caches, checkpointing, a start from activations (7.4).
+Not here: encoders, static caches, checkpointing, pads beyond a sliding window, linear
+attention, a start from activations (7.4).
 """
 
 import inspect
@@ -78,7 +79,7 @@ class PrefixModel(nn.Module):
         if mask is not None:
             inputs[which] = nn.functional.pad(mask, (n, 0), value=1)
             if at is None and self._told and not mask[:, 0].all():  # pads do not count
-                at = (mask.cumsum(1) - 1).clamp(0)[:, -text.shape[1] :]
+                at = (mask.cumsum(1).long() - 1).clamp(0)[:, -text.shape[1] :]
         if at is not None:
             inputs["position_ids"] = at + n
         return inputs
@@ -101,9 +102,8 @@ class PrefixModel(nn.Module):
 
 def add(model, n, hidden=None):
     """Freeze `model` and return it in a PrefixModel with n keys and values a layer.
-    hidden: None, or the width of the MLP that makes them while training. Raises
-    ValueError, the model unchanged, for a value out of range, an encoder, and a second
-    soft prompt."""
+    hidden: None, or the width of the MLP that makes them while training. ValueError,
+    nothing changed, for a bad value, an encoder, a second soft prompt."""
     for name, value in {"n": n, "hidden": 1 if hidden is None else hidden}.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: a whole number of at least 1, not {value!r}")
@@ -124,8 +124,8 @@ def load_state_dict(wrapper, tensors):
     nothing changed, for a missing or unexpected name or a wrong shape."""
     own = state_dict(wrapper)
     for name in sorted(own.keys() | tensors.keys()):
-        got, want = (getattr(d.get(name), "shape", None) for d in (tensors, own))
-        if got != want:
+        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
+        if got != want or name not in own:
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
     state_dict(fold(wrapper))["prompt_embeddings"].copy_(tensors["prompt_embeddings"])
 

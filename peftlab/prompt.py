@@ -12,10 +12,9 @@ $$ \Pr_{\theta;\,P}\,\big(Y \mid [P;\ E(X)]\big) $$
 
 P is float32 over a 16-bit base. Logits cover n + tokens slots. A row padded on the left
 becomes [pads, prompt, text], its pads take no position: it answers as it does alone.
-Not here: ensembles (section 6), static caches, 4-D masks, `start_positions`, unmasked
-pads, padding on the left where BERT pools the first slot or RoBERTa counts from 2.
-
-peft leaves such pads between prompt and text, and counts them; draws "random" from a
+Not here: ensembles (section 6), static caches, 4-D masks, `start_positions`; pads on
+the left where a model pools or counts slots (BERT, BART), on the right where a decoder
+classifies. peft leaves pads between prompt and text and counts them; has "random" as a
 standard normal (here the paper's, uniform in $\pm 0.5$); drops position ids; does not
 lengthen a token classifier's labels. For an encoder-decoder, whose prompt stands in the
 encoder, it keeps (2n, d) and reads the first n rows alone: `decoder=True`.
@@ -62,7 +61,8 @@ class PromptModel(nn.Module):
         n, order, fill = self.n, _order(attention_mask, self.n), {"attention_mask": 1}
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         cache = inputs.get("cache") or inputs.get("past_key_values")  # until 5.23
-        if begins := not (cache and cache.get_seq_length()):  # else it was read before
+        read = not self._encodes and cache and cache.get_seq_length()
+        if begins := not (read or inputs.get("encoder_outputs")):
             ids, x = inputs.pop("input_ids"), inputs.get("inputs_embeds")
             if (ids is None) == (x is None):
                 raise ValueError("give one of the two, input_ids or inputs_embeds")
@@ -71,13 +71,13 @@ class PromptModel(nn.Module):
             fill |= {"token_type_ids": 0} | ({} if self._encodes else {"labels": -100})
         for name, value in fill.items():
             t = inputs.get(name)
-            if t is not None and t.dim() == 2 and not t.is_floating_point():
+            if t is not None and t.dim() == 2 and (value > -1 or t.dtype == torch.long):
                 inputs[name] = _join(t.new_full((n,), value), t, order)
         if (at := inputs.get("position_ids")) is not None:
             at, first = at + n, torch.arange(n)
             inputs["position_ids"] = _join(first, at, order) if begins else at
         elif order is not None and self._told:  # else it counts the slots
-            at = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)
+            at = (inputs["attention_mask"].cumsum(1).long() - 1).clamp(0)
             inputs["position_ids"] = at if begins else at[:, -input_ids.shape[1] :]
         return inputs
 
@@ -86,8 +86,8 @@ def add(model, n, init="vocabulary", decoder=False):
     """Freeze `model` and return it in a PromptModel with n trained vectors, (n, d).
     init: where they start: "vocabulary", "random" (uniform in +-0.5), or token ids, a
     1-D tensor, repeated or cut to length. decoder: also carry the n idle rows that peft
-    keeps for an encoder-decoder, (2n, d). Raises ValueError, the model unchanged, for a
-    value out of range, a model without token embeddings, and a second soft prompt."""
+    keeps for an encoder-decoder, (2n, d). ValueError, nothing changed, for a bad value,
+    a model without token embeddings, a second soft prompt."""
     if type(n) is not int or n < 1:
         raise ValueError(f"n must be a whole number of at least 1, not {n!r}")
     if any(type(m).__name__ in ("PromptModel", "PrefixModel") for m in model.modules()):
@@ -114,8 +114,8 @@ def load_state_dict(wrapper, tensors):
     copied, for a missing or unexpected name or a wrong shape."""
     own = state_dict(wrapper)
     for name in sorted(own.keys() | tensors.keys()):
-        got, want = (getattr(d.get(name), "shape", None) for d in (tensors, own))
-        if got != want:
+        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
+        if got != want or name not in own:
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
     own["prompt_embeddings"].copy_(tensors["prompt_embeddings"])
 

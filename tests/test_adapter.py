@@ -796,7 +796,8 @@ MUTATIONS = {
     "loading is not strict": (
         STRICT,
         {
-            "if got != want:": "if want and got and got != want:",
+            "if got != want or path not in own:": "if path in tensors and path in own"
+            " and got != want:",
             "t.copy_(tensors[path])": "t.copy_(tensors.get(path, t))",
         },
     ),

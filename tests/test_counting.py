@@ -217,3 +217,10 @@ def test_the_page_is_what_the_code_writes_now(counted):
     stored = paper_tables.FILE.read_text("utf8")
     fresh = paper_tables.page(counted)
     assert stored == fresh, "run `python -m experiments.paper_tables`"
+
+
+def test_a_config_that_names_another_familys_class_is_refused():
+    config = LlamaConfig(architectures=["BertForMaskedLM"])
+    with pytest.raises(ValueError, match="BertForMaskedLM") as error:
+        measure.count(config)
+    assert "\n" not in str(error.value)

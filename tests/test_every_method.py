@@ -351,6 +351,17 @@ def test_what_the_state_dict_gives_goes_into_a_safetensors_file(method, tmp_path
     assert all(torch.equal(back[n], t) for n, t in own.items())
 
 
+def test_loading_takes_tensors_only_and_all_or_none(method):
+    model = stir(method, put(method, net()))
+    own = {n: t + 1 for n, t in method.state_dict(model).items()}
+    last, before = [*own][-1], snapshot(model)
+    for bad in ({**own, last: own[last].numpy()}, {**own, "no.such.layer": None}):
+        with pytest.raises(ValueError) as error:
+            method.load_state_dict(model, bad)
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_a_four_bit_weight_is_known_by_any_storage(method, storage):
     def build():

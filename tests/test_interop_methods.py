@@ -18,7 +18,17 @@ from common import (
     t5,
 )
 from safetensors.torch import load_file, save_file
-from transformers import BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peftlab import dora, ia3, interop, lora, pissa, prefix, prompt, several, vera
 
@@ -373,6 +383,64 @@ def test_an_adapter_is_refused_where_there_is_one_of_its_kind(tmp_path):
         theirs(kind, "llama", plain).save_pretrained(tmp_path)
         model = interop.load(plain, tmp_path)
         refuses(model, tmp_path, "")
+
+
+def distilbert():
+    sizes = dict(vocab_size=40, dim=32, hidden_dim=64, n_layers=2, n_heads=4)
+    return seeded(DistilBertForSequenceClassification(DistilBertConfig(**sizes)))
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
+def test_pefts_ending_match_of_heads_takes_distilberts_pre_classifier(kind, tmp_path):
+    plain, soft = distilbert(), dict(num_virtual_tokens=3, task_type="SEQ_CLS")
+    configs = dict(
+        lora=lambda: peft.LoraConfig(target_modules=["q_lin"], task_type="SEQ_CLS"),
+        ia3=lambda: peft.IA3Config(
+            target_modules=["k_lin"], feedforward_modules=[], task_type="SEQ_CLS"
+        ),
+        prompt=lambda: peft.PromptTuningConfig(
+            **soft, token_dim=32, num_layers=2, num_attention_heads=4
+        ),
+    )
+    twin = peft.get_peft_model(copy.deepcopy(plain), configs[kind]())
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    twin.save_pretrained(tmp_path / "theirs")
+    model = interop.load(copy.deepcopy(plain), tmp_path / "theirs")
+    assert_equal(answers(model), answers(twin))
+    interop.save(model, tmp_path / "ours")
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert_equal(answers(twin), answers(model))
+
+
+def test_a_file_with_the_vocabularys_weights_in_it_is_read(tmp_path):
+    plain = MODELS["llama"]()
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    twin = peft.get_peft_model(copy.deepcopy(plain), config)
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    twin.save_pretrained(tmp_path)
+    assert any(n.endswith("base_layer.weight") for n in load_file(tmp_path / WEIGHTS))
+    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+
+
+def test_a_prompt_is_as_wide_as_the_embeddings_and_not_the_model(tmp_path):
+    sizes = dict(vocab_size=40, embedding_size=16, hidden_size=32, num_hidden_layers=2)
+    config = ElectraConfig(**sizes, num_attention_heads=4, intermediate_size=64)
+    plain = seeded(ElectraModel(config))
+    model = prompt.add(copy.deepcopy(plain), 3)
+    interop.save(model, tmp_path)
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(twin), answers(model))
+
+
+def test_a_prefix_on_a_decoder_of_its_own_depth_goes_to_peft(tmp_path):
+    sizes = dict(d_model=32, d_kv=8, d_ff=64, num_heads=4, vocab_size=40)
+    config = T5Config(**sizes, num_layers=3, num_decoder_layers=2)
+    config.decoder_start_token_id = 0
+    plain = seeded(T5ForConditionalGeneration(config))
+    model = prefix.add(copy.deepcopy(plain), 3)
+    interop.save(model, tmp_path)
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(twin), answers(model))
 
 
 def test_two_kinds_at_once_do_not_go_into_one_folder(tmp_path):

@@ -93,7 +93,10 @@ def _on_meta(config, dtype, kind):
     if kind not in (None, *heads):
         raise ValueError(f"kind must be one of {', '.join(heads)}, not {kind!r}")
     fits = [k for k, auto in heads.items() if type(config) in auto._model_mapping]
-    named = getattr(tf, (config.architectures or [""])[0], None)
+    named = getattr(tf, str((config.architectures or [""])[0]), None)
+    if named and not isinstance(config, getattr(named, "config_class", None) or ()):
+        name = type(config).__name__
+        raise ValueError(f"no {config.architectures[0]} is built from a {name}")
     if kind is None and named is None:
         # BERT comes with a causal head too, but is seldom meant with it.
         guesses = [k for k in fits if k != "causal" or "masked" not in fits]
