@@ -144,15 +144,6 @@ BATCH = dict(
 )
 
 
-def backward(model):
-    """All outputs in a row, and gradients of at most about 1, from one fixed loss."""
-    model.zero_grad()
-    outputs = model(**BATCH).values()
-    row = torch.cat([t.flatten() for t in outputs if torch.is_tensor(t)])
-    (row * torch.cos(torch.arange(len(row)))).sum().div(len(row) ** 0.5).backward()
-    return row.detach()
-
-
 def assert_same(got, want, what):
     """Equal to 1e-5, and to 1e-5 of the largest where numbers are above 1."""
     gap, size = (got - want).abs().max(), want.abs().max()

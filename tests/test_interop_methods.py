@@ -1,4 +1,4 @@
-"""The files of DoRA, PiSSA, VeRA, IA3, prompts and prefixes, both ways with peft."""
+"""The files of every method that peft has too, both ways with peft."""
 
 import copy
 import json
@@ -42,8 +42,10 @@ TARGETS = {  # an attention layer or two, and the feed-forward block's second la
     "gpt2": (["c_attn"], ["mlp.c_proj"]),
     "t5": (["k", "v"], ["wo"]),
 }
-MODULES = dict(dora=dora, pissa=pissa, vera=vera, ia3=ia3, prompt=prompt, prefix=prefix)
-TREE = ("dora", "pissa", "vera", "ia3")
+MODULES = dict(
+    lora=lora, dora=dora, pissa=pissa, vera=vera, ia3=ia3, prompt=prompt, prefix=prefix
+)
+TREE = ("lora", "dora", "pissa", "vera", "ia3")
 SOFT = [
     (kind, name)
     for kind in ("prompt", "prefix")
@@ -78,7 +80,7 @@ def ours(kind, name, plain):
     module, targets = MODULES[kind], [*outputs, *inputs]
     if kind == "ia3":
         module.add(model, outputs, inputs)
-    elif kind == "dora":
+    elif kind in ("lora", "dora"):
         module.add(model, targets, r=3, alpha=6)
     elif kind in ("pissa", "vera"):
         module.add(model, targets, r=4)
@@ -95,6 +97,7 @@ def theirs(kind, name, plain, **more):
     tree = dict(target_modules=[*outputs, *inputs], **task)
     soft = dict(num_virtual_tokens=3, **task)
     config = {
+        "lora": lambda: peft.LoraConfig(r=3, lora_alpha=6, **tree),
         "dora": lambda: peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, **tree),
         "pissa": lambda: peft.LoraConfig(
             r=4, lora_alpha=8, init_lora_weights="pissa", **tree
