@@ -9,6 +9,7 @@ from experiments.six_languages import SEEDS, one_rate
 from peftlab.kit import measure, plot, results
 from peftlab.kit.data import HELD_BACK
 from peftlab.kit.results import shares, table, where
+from tools.figures import refresh_pages
 
 RATES = {
     "attention r=12": (3e-3, 1e-2, 3e-2),
@@ -126,6 +127,7 @@ def main():
     long = sweep(longer, jobs, "three times the steps")
     store("atlas", runs, best=best, long=long, figures=derive(runs, best, long))
     draw()
+    refresh_pages()
 
 
 if __name__ == "__main__":

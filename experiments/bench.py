@@ -5,6 +5,7 @@ median of many turns, and the highest point of memory; and the bytes of the adap
 file. Methods that peft does not have are set beside full fine-tuning alone. Three
 repeats. Wants a quiet machine; a quarter of an hour on two cores."""
 
+import os
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from peftlab import (
 )
 from peftlab.kit import data, measure, plot, results, zoo
 from peftlab.kit.train import train
-from tools import figures as prose
+from tools.figures import refresh_pages
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = ["k_proj", "v_proj"]
@@ -208,6 +209,9 @@ def draw(figures):
 
 
 def main():
+    torch.set_num_threads(
+        os.cpu_count()
+    )  # after the sweeps of `make results` it is one
     repeats = []
     for _ in tqdm(range(REPEATS), desc="repeats"):
         repeats.append(
@@ -229,9 +233,7 @@ def main():
         ),
     )
     draw(figures)
-    for page in ("methods.md", "atlas.md"):
-        path = results.FOLDER.parent / page
-        path.write_text(prose.refresh(path.read_text("utf8")), "utf8")
+    refresh_pages()
     for key, f in figures.items():
         ends = f" ({f['lowest']:.3f} to {f['highest']:.3f})" if "lowest" in f else ""
         print(f"{key}: {f['value']:.3f}{ends}")

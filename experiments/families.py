@@ -30,7 +30,7 @@ from peftlab import (
 from peftlab.kit import data, measure, plot, results, zoo
 from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
-from tools import figures as prose
+from tools.figures import refresh_pages
 
 LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
 ALL, KEYS = "all-linear", ["k_proj", "v_proj"]
@@ -196,8 +196,7 @@ def main():
     figures = derive(runs, frozen)
     store("families", runs, figures=figures, **more)
     draw(runs)
-    page = results.FOLDER.parent / "methods.md"
-    page.write_text(prose.refresh(page.read_text("utf8")), "utf8")
+    refresh_pages()
     for name in names:
         found = {k: figures[f"{name}.{k}"]["value"] for k in ("learned", "low", "high")}
         print(

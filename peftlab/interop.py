@@ -207,7 +207,7 @@ def _insert_soft(model, name, config, found, heads, folder):
     if type(n) is not int or len(rows) not in (n, 2 * n):
         raise ValueError(f"made for another model: num_virtual_tokens={n!r}")
     trained = {p: p.requires_grad for p in model.parameters()}
-    twice = dict(decoder=True) if name == "prompt" and len(rows) == 2 * (n or 0) else {}
+    twice = dict(decoder=True) if name == "prompt" and len(rows) == 2 * n else {}
     try:
         wrapper = METHODS[name].module.add(model, n, **twice)
         METHODS[name].module.load_state_dict(wrapper, own)
@@ -334,7 +334,7 @@ def _sides(model, layers):
 def _soft_settings(wrapper, name):
     """What peft's config says of a prompt or a prefix."""
     config = wrapper.config.to_dict()
-    sizes = {  # the same three sizes by the names that models give them
+    sizes = {  # the same sizes by the names that models give them
         "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
         "num_attention_heads": (
             "num_attention_heads",
@@ -350,8 +350,7 @@ def _soft_settings(wrapper, name):
     if name == "prefix":  # under grouped-query attention peft counts key-value heads
         layers, heads, size = wrapper.sizes
         found |= dict(num_layers=layers, num_attention_heads=heads)
-        found |= dict(token_dim=heads * size)
-        found |= dict(encoder_hidden_size=heads * size)
+        found |= dict(token_dim=heads * size, encoder_hidden_size=heads * size)
         parts = 2 if wrapper.config.is_encoder_decoder else 1
     else:
         parts = 2 if wrapper.decoder else 1

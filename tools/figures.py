@@ -48,6 +48,12 @@ def refresh(text, chapter=None):
     return BOUND.sub(fresh, text)
 
 
+def refresh_pages():
+    """Write every bound figure on the book's own pages anew, after a sweep."""
+    for path in sorted(results.FOLDER.parent.glob("*.md")):
+        path.write_text(refresh(path.read_text("utf8")), "utf8")
+
+
 def stale(text, chapter=None):
     """The bound figures that differ from what is stored, as (written, stored, key)."""
     return [
