@@ -209,9 +209,8 @@ def draw(figures):
 
 
 def main():
-    torch.set_num_threads(
-        os.cpu_count()
-    )  # after the sweeps of `make results` it is one
+    # Within `make results` the sweeps before this one have set it to one.
+    torch.set_num_threads(os.cpu_count())
     repeats = []
     for _ in tqdm(range(REPEATS), desc="repeats"):
         repeats.append(
