@@ -21,6 +21,18 @@ A PiSSA is written as a LoRA of twice the rank that fits the original base; peft
 PiSSA files are read as PiSSA. A `dropout` in a DoRA, VeRA or IA3 file is left out: it
 belongs to peft's training. Adapters, BitFit and held LoRAs have no form in peft.
 
+`packed_state_dict` and `load_packed` are for weights in 4 bits (`nf4.NF4Linear`), under
+the names that bitsandbytes gives them and transformers finds in a checkpoint:
+
+| `nf4.NF4Linear` at `path` | bitsandbytes | shape |
+|---|---|---|
+| `codes` | `path.weight` | (out in / 2, 1) |
+| `absmax` | `path.weight.absmax` | (blocks,) |
+| `code` | `path.weight.quant_map` | (16,) |
+| `nested_absmax` | `path.weight.nested_absmax` | (blocks / 256,) |
+| the 8-bit dynamic type | `path.weight.nested_quant_map` | (256,) |
+| all else | `path.weight.quant_state.bitsandbytes__nf4` | JSON |
+
 Only safetensors are read or written, never pickle. A setting that would change numbers
 and that we do not support is refused by its name. Files are written beside their target
 and renamed, so a crash leaves the old adapter whole. Held against peft 0.21.
@@ -36,8 +48,9 @@ from typing import NamedTuple
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from peftlab import dora, ia3, lora, pissa, prefix, prompt, vera
+from peftlab import dora, ia3, lora, nf4, pissa, prefix, prompt, vera
 
 
 class Method(NamedTuple):
@@ -108,6 +121,9 @@ TASKS = {  # how a class's name ends, and peft's name for its task
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+TYPES = {"nf4": nf4.NF4, "fp4": nf4.FP4}  # bitsandbytes' 4-bit types
+STATE = ".weight.quant_state.bitsandbytes__"
+KEYS = {"absmax": ".absmax", "code": ".quant_map", "nested_absmax": ".nested_absmax"}
 HEADS = {  # the new layers that peft trains and saves whole, whether asked to or not
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -198,6 +214,75 @@ def load(model, folder):
     return model
 
 
+def packed_state_dict(model):
+    """{name: tensor} of a base with linears in 4 bits, as bitsandbytes names them: what
+    `safetensors.torch.save_file` and transformers' 4-bit loading take. An adapter on
+    the model is left out, and of tied weights the first alone is there. Raises
+    ValueError for a model with no packed linear, and for a type of 4 bits or a block
+    size that bitsandbytes does not have."""
+    modules = dict(model.named_modules())
+    packed = {p: m for p, m in modules.items() if isinstance(m, nf4.NF4Linear)}
+    if not packed:
+        raise ValueError("no linear of the model is in 4 bits: see qlora.add")
+    kinds = {method.layer: method.keys for method in METHODS.values()}
+    found, seen = {}, set()
+    for name, t in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        holder = path.removesuffix(".base")  # an adapter holds the layer as its base
+        plain = holder if type(modules[holder]) in kinds else path
+        if leaf == "codes" and path in packed:
+            found |= _to_bitsandbytes(plain, packed[path])
+        elif (
+            path in packed
+            and leaf != "bias"
+            or leaf in kinds.get(type(modules[path]), ())
+        ):
+            continue
+        elif (place := (t.data_ptr(), t.shape)) not in seen:
+            found[f"{plain}.{leaf}" if plain else leaf] = t
+            seen |= {place} if t.data_ptr() else set()
+    return found
+
+
+def load_packed(model, tensors, compute_dtype=torch.bfloat16):
+    """Put the weights of a 4-bit checkpoint into a plain model, in place; return it.
+
+    model: built from the checkpoint's config, its linears plain. tensors: {name:
+    tensor} as bitsandbytes names them, say from `safetensors.torch.load_file`. Linears
+    that are packed there become `nf4.NF4Linear`; the rest is copied in the model's
+    dtype. compute_dtype: as in `nf4.NF4Linear`; the file does not say. Raises
+    ValueError, the model unchanged, for a missing, unexpected, broken or wrong-shaped
+    entry, a setting that we do not have, and a model on the meta device."""
+    paths = {name.partition(STATE)[0] for name in tensors if STATE in name}
+    if not paths:
+        raise ValueError("there is no linear in 4 bits among these tensors")
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise ValueError("the model is on the meta device: give it memory first")
+    modules, rest, new = dict(model.named_modules()), dict(tensors), {}
+    for path in sorted(paths):
+        parts = {
+            k: rest.pop(k) for k in tensors if f"{k}.".startswith(f"{path}.weight.")
+        }
+        if not path or path not in modules:
+            raise ValueError(f"the model has no linear {path!r} to put 4 bits into")
+        new[modules[path]] = _from_bitsandbytes(
+            path, modules[path], parts, compute_dtype
+        )
+    own = {
+        k: t for k, t in model.state_dict().items() if k[: -len(".weight")] not in paths
+    }
+    tied = {own[k].data_ptr() for k in own.keys() & rest.keys()}
+    for name in sorted(own.keys() | rest.keys()):
+        got, want = (str(getattr(d.get(name), "shape", None)) for d in (rest, own))
+        if got != want and not (got == "None" and own[name].data_ptr() in tied):
+            raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
+    with torch.no_grad():
+        for name, t in rest.items():
+            own[name].copy_(t)
+    lora._replace(model, new)
+    return model
+
+
 def _insert_soft(model, name, config, found, heads, folder):
     """The wrapper of a prompt or prefix around the model, with the file's tensor."""
     own = {n: t for n, t in found.items() if n not in heads}
@@ -235,7 +320,8 @@ def _insert(model, name, config, found, heads, folder):
     if config["peft_type"] == "LORA":
         _scaling(config)  # raises before anything changes
     trained = {p: p.requires_grad for p in model.parameters()}
-    weights = {m: m.weight for p, m in model.named_modules() if p in paths}
+    split = paths if name == "PiSSA" else ()  # PiSSA changes the weights themselves
+    weights = {m: m.weight for p, m in model.named_modules() if p in split}
     _add(model, name, config, sorted(paths))
     own, layers = method.module.state_dict(model), _layers(model, name)
     biases = heads.keys() & own.keys()  # bias="all" trains a head's too
@@ -248,7 +334,7 @@ def _insert(model, name, config, found, heads, folder):
                 m.lora_B.data *= _scaling(config)
     except ValueError as error:
         lora._replace(model, {m: m.base for m in layers.values()})
-        for m, weight in weights.items():  # PiSSA had split them
+        for m, weight in weights.items():
             m.weight = weight
         for p, was in trained.items():
             p.requires_grad_(was)
@@ -295,7 +381,8 @@ def _load_shared(layers, tensors):
 def _settings(model, name, layers):
     """What peft's config says of the method, for what is wrapped in the tree."""
     one = next(iter(layers.values()))
-    conv = any(type(m.base).__name__ == "Conv1D" for m in layers.values())
+    kinds = {getattr(m.base, "kind", type(m.base)) for m in layers.values()}
+    conv = any(kind.__name__ == "Conv1D" for kind in kinds)  # packed ones too
     config = dict(target_modules=_shortest(model, layers), fan_in_fan_out=conv)
     if name == "VeRA":
         seed = dict(projection_prng_key=one.seed, save_projection=True)
@@ -454,6 +541,80 @@ def _from_file(key, name):
         if plain.endswith(f".{theirs}"):
             return f"{plain.removesuffix(theirs)}{ours}"
     return plain
+
+
+def _to_bitsandbytes(path, layer):
+    """{name: tensor} of one packed linear."""
+    kind = next((k for k, v in TYPES.items() if torch.equal(v, layer.code.cpu())), None)
+    if kind is None or layer.blocksize not in [2**k for k in range(5, 13)]:
+        raise ValueError(
+            f"{path}: bitsandbytes has nf4 and fp4 alone, in blocks of 32, 64, 128, ..."
+            " to 4096"
+        )
+    found = {"": layer.codes, ".absmax": layer.absmax, ".quant_map": layer.code}
+    dtype = str(layer.dtype).removeprefix("torch.")
+    about = dict(quant_type=kind, blocksize=layer.blocksize, dtype=dtype)
+    about["shape"] = [*layer.shape]
+    if layer.offset is not None:
+        found[".nested_absmax"] = layer.nested_absmax
+        found[".nested_quant_map"] = nf4.DYNAMIC.clone()
+        nested = dict(nested_blocksize=256, nested_dtype="float32")
+        about |= nested | dict(nested_offset=layer.offset.item())
+    text = bytearray(json.dumps(about), "utf8")
+    found[STATE.removeprefix(".weight") + kind] = torch.frombuffer(
+        text, dtype=torch.uint8
+    )
+    return {f"{path}.weight{key}": t for key, t in found.items()}
+
+
+def _from_bitsandbytes(path, base, parts, compute_dtype):
+    """The packed linear that bitsandbytes' tensors of one layer describe."""
+    state = next(k for k in parts if STATE in k)
+    found = {
+        k.removeprefix(f"{path}.weight"): t for k, t in parts.items() if k != state
+    }
+    try:
+        about = json.loads(bytes(parts[state].tolist()))
+        nested = "nested_offset" in about
+        offset = torch.tensor(float(about["nested_offset"])) if nested else None
+        dtype, shape = getattr(torch, about["dtype"]), tuple(about["shape"])
+        size = about["blocksize"]
+        with torch.device("meta"):  # a layer of that sort, without memory
+            layer = nn.Linear(*shape[::-1], bias=False, dtype=dtype)
+            layer = nf4.NF4Linear(layer, size, nested, compute_dtype)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{state} does not describe a weight in 4 bits") from error
+    if shape != lora._shape(base):
+        raise ValueError(
+            f"{path}: its shape is {shape}, in the model {lora._shape(base)}"
+        )
+    if nested and about.get("nested_blocksize") != 256:
+        raise ValueError(
+            f"{path}: the absmax must be in blocks of 256 where it is packed"
+        )
+    if not torch.equal(found.pop(".nested_quant_map", nf4.DYNAMIC).cpu(), nf4.DYNAMIC):
+        raise ValueError(f"{path}: the absmax are in another type than the dynamic one")
+    codes = found.pop("", torch.empty(0))
+    own = {"codes": codes.contiguous().view(torch.uint8).view(-1, 1), "offset": offset}
+    own |= {name: found.pop(key, None) for name, key in KEYS.items()}
+    if found:
+        raise ValueError(f"{path}.weight: {min(found)!r} is nothing that we know")
+    for name, want in layer.state_dict().items():
+        if (
+            getattr(own[name], "shape", None) != want.shape
+            or own[name].dtype != want.dtype
+        ):
+            raise ValueError(
+                f"{path}.weight: its {KEYS.get(name, name)} is missing or odd"
+            )
+    own = {
+        name: t.to(base.weight.device, copy=True)
+        for name, t in own.items()
+        if t is not None
+    }
+    layer.load_state_dict(own, assign=True)
+    layer.bias, layer.kind = base.bias, type(base)
+    return layer.train(base.training)
 
 
 def _under(path, names):

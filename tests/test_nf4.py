@@ -1,0 +1,1571 @@
+"""NF4's laws, and the same bytes as bitsandbytes: codes, absmax, dequantized values.
+
+A law that takes only `nf4`, the module, is run again by tests/test_mutations.py on
+broken copies of nf4.py. What is called same is the same to the bit: -0 is not 0.
+"""
+
+import copy
+import gc
+import importlib.util
+import io
+from statistics import NormalDist
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import (
+    create_dynamic_map,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+)
+from common import assert_one_sentence, assert_unchanged, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from peftlab import bitfit, dora, ia3, lora, pissa, vera
+from peftlab import nf4 as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # all that the library has
+KINDS = ("nf4", "fp4")
+CODES = ("NF4", "FP4", "INT4")
+FLOOR = 1.1e-38  # an absmax below it counts as 1e-38
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+each_code = pytest.mark.parametrize("code", CODES)
+examples = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture
+def nf4():
+    return reference
+
+
+# Helpers
+
+
+def bits(t):
+    return t.contiguous().view(
+        {4: torch.int32, 2: torch.int16, 1: torch.uint8}[t.itemsize]
+    )
+
+
+def same(a, b):
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.equal(bits(a), bits(b))
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unpack(codes, n):
+    """(n,) indices of packed bytes, the first in the high half."""
+    return torch.stack([codes >> 4, codes & 15], 1).flatten()[:n].long()
+
+
+def midpoints(code):
+    levels = code.sort().values
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def library(weight, blocksize=64, kind="nf4", nested=False):
+    """bitsandbytes' bytes and state, and code[index] * absmax of them, rounded once."""
+    packed, state = quantize_4bit(
+        weight, blocksize=blocksize, quant_type=kind, compress_statistics=nested
+    )
+    absmax = state.absmax
+    if nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    absmax = absmax.repeat_interleave(blocksize)[: weight.numel()]
+    values = state.code[unpack(packed, weight.numel())] * absmax
+    return packed, state, values.to(weight.dtype).view(weight.shape)
+
+
+def assert_librarys(nf4, weight, blocksize=64, kind="nf4"):
+    q = nf4.quantize(weight, blocksize, getattr(nf4, kind.upper()))
+    packed, state, values = library(weight, blocksize, kind)
+    where = f"{kind}, {weight.dtype}, {[*weight.shape]}, blocks of {blocksize}"
+    assert q.codes.shape == packed.shape and q.codes.dtype == packed.dtype, where
+    wrong = (q.codes != packed).sum()
+    assert not wrong, f"{wrong} of {len(packed)} bytes are not the library's: {where}"
+    assert same(q.absmax, state.absmax), f"absmax is not the library's: {where}"
+    assert same(q.code, state.code), f"code is not the library's: {where}"
+    got = nf4.dequantize(q)
+    assert same(got, values), f"code[index] * absmax, rounded once, it is not: {where}"
+    return q
+
+
+# The 16 values
+
+
+def test_the_values_are_the_librarys_to_the_bit(nf4):
+    for kind in KINDS:
+        want, got = get_4bit_type(kind, device="cpu"), getattr(nf4, kind.upper())
+        assert same(got, want), f"{kind}: {(got - want).tolist()} is left, or a -0"
+    assert same(nf4.DYNAMIC, create_dynamic_map()), "the 8-bit dynamic type differs"
+    assert len(nf4.DYNAMIC) == 256 and nf4.DYNAMIC[127] == 0 and nf4.DYNAMIC[255] == 1
+
+
+def test_the_steps_between_nf4_values_are_equally_likely(nf4):
+    """Seven equal slices of probability below zero and eight above, each side from the
+    median to 0.9677083, the mean of 1 - 1/32 and 1 - 1/30."""
+    assert [(nf4.NF4 < 0).sum(), (nf4.NF4 > 0).sum()] == [7, 8], "7 below zero, 8 above"
+    assert nf4.NF4[7] == 0 and nf4.NF4[0] == -1 and nf4.NF4[15] == 1
+    normal = NormalDist()
+    end = normal.inv_cdf(1 - (1 / 32 + 1 / 30) / 2)
+    below = torch.tensor([normal.cdf(v * end) for v in nf4.NF4.tolist()]).diff()
+    half = normal.cdf(end) - 0.5
+    for part, n in ((below[:7], 7), (below[7:], 8)):
+        gap = (part - half / n).abs().max()
+        assert gap < 1e-6, f"{part.tolist()} are not {n} equal slices of {half}"
+
+
+def test_shortcuts_to_the_values_miss_the_last_bits():
+    """What one would write first, and each time a bit is not the library's."""
+
+    def values(end, quantiles, steps):
+        up, down = (torch.linspace(end, 0.5, n, dtype=steps)[:-1] for n in (9, 8))
+        up, down = (torch.special.ndtri(t.to(quantiles)) for t in (up, down))
+        levels = torch.cat([-down, up.new_zeros(1), up.flip(0)])
+        return levels.float() / up.max().float()
+
+    want, short, exact = (
+        get_4bit_type("nf4", "cpu"),
+        0.9677083,
+        1 - (1 / 32 + 1 / 30) / 2,
+    )
+    single, double = torch.float32, torch.float64
+    assert same(values(short, double, single), want)
+    for shortcut in (
+        (exact, double, single),
+        (short, single, single),
+        (exact, double, double),
+        (short, double, double),
+    ):
+        found = values(*shortcut)
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7)
+        assert not same(found, want), f"{shortcut} gives the same bits after all"
+
+
+def test_fp4_is_read_off_its_bits(nf4):
+    for i, value in enumerate(nf4.FP4.tolist()):
+        sign, exponent, mantissa = -1 if i >> 3 else 1, i >> 1 & 3, i & 1
+        size = 2.0 ** (4 - exponent) * (1 + mantissa / 2) if exponent else mantissa / 16
+        want = torch.tensor(sign * size or 0.0) / 12
+        assert value == want, f"{i:04b} is {sign * size}/12, not {12 * value}/12"
+
+
+def test_int4_is_evenly_spaced(nf4):
+    want = torch.tensor([*range(-7, 1), *range(8)], dtype=torch.float64) / 7
+    assert same(nf4.INT4, want.float()), "the sevenths, zero twice"
+
+
+def test_the_values_heed_no_default(nf4):
+    """A script may set the default dtype or device before it imports the file."""
+    spec = importlib.util.spec_from_file_location(f"{nf4.__name__}_again", nf4.__file__)
+    again = importlib.util.module_from_spec(spec)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            spec.loader.exec_module(again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in (*CODES, "DYNAMIC"):
+        table = getattr(again, name)
+        assert table.device.type == "cpu" and same(table, getattr(nf4, name)), name
+
+
+def test_the_codes_of_normal_weights_carry_less_than_four_bits():
+    """Yoshida 2023, arXiv 2306.06965: dividing by a block's absmax makes normal weights
+    something else, the more so the larger the block. Entropy in bits a code."""
+    weight = randn(2**24)
+    for blocksize, want in ((64, 3.885), (256, 3.751), (1024, 3.628), (4096, 3.518)):
+        codes = reference.quantize(weight, blocksize).codes.view(-1)
+        pairs = torch.bincount(codes, minlength=256).view(16, 16).double()
+        share = (pairs.sum(0) + pairs.sum(1)) / len(weight)
+        entropy = -(share * share.log2()).sum()
+        assert abs(entropy - want) < 0.005, f"{entropy:.4f} bits in {blocksize}"
+
+
+# Packing
+
+
+def test_codes_absmax_and_values_are_the_librarys(nf4):
+    for kind in KINDS:
+        for dtype in DTYPES:
+            assert_librarys(nf4, randn(64, 64, dtype=dtype), 64, kind)
+            assert_librarys(nf4, randn(33, 77, dtype=dtype), 32, kind)
+            assert_librarys(nf4, 3 * randn(5, dtype=dtype), 64, kind)
+
+
+def test_the_first_of_two_weights_is_in_the_high_half(nf4):
+    q = nf4.quantize(nf4.NF4)
+    assert q.codes.shape == (8, 1) and q.codes.dtype == torch.uint8
+    assert q.codes.view(-1).tolist() == [
+        0x01,
+        0x23,
+        0x45,
+        0x67,
+        0x89,
+        0xAB,
+        0xCD,
+        0xEF,  # fmt: skip
+    ], f"{q.codes.view(-1).tolist()}: is the low half first?"
+    last = nf4.quantize(nf4.NF4[:15]).codes[-1].item()
+    assert last == 0xE7, f"{last:#x}: beside an odd last weight stands a zero, 7"
+
+
+def test_a_tie_goes_to_the_lower_value(nf4):
+    for name in CODES:
+        levels = getattr(nf4, name).sort().values
+        for scale in (1.0, 2.0**-9):
+            ties = midpoints(levels)  # (15,)
+            up = torch.nextafter(ties, torch.full_like(ties, 9.0))
+            for x, want in ((ties, levels[:-1]), (up, levels[1:])):
+                row = scale * torch.cat([torch.ones(1), x])
+                got = nf4.dequantize(nf4.quantize(row, 16, getattr(nf4, name)))[1:]
+                assert torch.equal(got, scale * want), (
+                    f"{name}: {x.tolist()} went to {(got / scale).tolist()}; a midpoint"
+                    " goes to the lower value, what is above it to the upper"
+                )
+
+
+def near_midpoints(code, seed=0):
+    """(4096, 76): rows of a c from 1 to 2, then c times a midpoint and the four floats
+    around it, for each midpoint."""
+    c = 1 + torch.rand(4096, generator=torch.Generator().manual_seed(seed))
+    x = (midpoints(code).double() * c[:, None].double()).float()  # (4096, 15)
+    near, ends = [x], torch.tensor([9.0, -9.0])
+    for end in ends:
+        step = x
+        for _ in range(2):
+            near.append(step := torch.nextafter(step, end))
+    return torch.cat([c[:, None], *near], 1)
+
+
+def test_a_full_block_multiplies_and_a_partial_one_divides(nf4):
+    """x * (1/c) and x / c give another code about once in ten million weights. Next to
+    a midpoint they do so often. The library multiplies in full blocks and divides in
+    the last one if that is partial."""
+    for kind in KINDS:
+        code = getattr(nf4, kind.upper())
+        rows = near_midpoints(code)
+        c, bounds = rows[:, :1], midpoints(code)
+        times, over = rows * (1 / c), rows / c
+        telling = (torch.bucketize(times, bounds) != torch.bucketize(over, bounds)).any(
+            1
+        )
+        assert telling.sum() > 500, "the rows do not tell one from the other"
+        full = torch.cat([rows, torch.zeros(4096, 52)], 1)  # blocks of 128
+        assert_librarys(nf4, full, 128, kind)
+        for row in rows[telling][:20]:
+            assert_librarys(nf4, row, 128, kind)
+            assert_librarys(nf4, torch.cat([full[0], row]), 128, kind)
+
+
+def test_blocks_run_along_the_rows(nf4):
+    weight = randn(48, 64) * torch.logspace(-3, 3, 48)[:, None]
+    for w in (weight, weight.T, weight[::2, 1::3], weight.expand(2, 48, 64)):
+        q, rows = nf4.quantize(w), w.contiguous().view(-1)
+        want = [block.abs().max() for block in rows.split(64)]
+        assert torch.equal(q.absmax, torch.stack(want)), "do blocks run over columns?"
+        assert same(nf4.quantize(rows).codes, q.codes), "row after row of this shape"
+        gaps = (nf4.dequantize(q) - w).reshape(-1).split(64)
+        most = max(g.abs().max() / c for g, c in zip(gaps, want, strict=True))
+        assert most < 0.153, f"a block is off by {most:.2f} of its absmax"
+
+
+def test_a_weight_comes_back_in_its_shape_and_dtype_and_is_left_alone(nf4):
+    for shape in ((), (1,), (7,), (3, 5), (2, 3, 5), (2, 3, 4, 5), (1, 1), (64, 1)):
+        for dtype in DTYPES:
+            weight = nn.Parameter(randn(*shape, dtype=dtype))
+            before, table = weight.detach().clone(), nf4.NF4.clone()
+            q = nf4.quantize(weight)
+            w = nf4.dequantize(q)
+            assert (w.shape, w.dtype) == (weight.shape, dtype) and not w.requires_grad
+            n = weight.numel()
+            assert len(q.codes) == (n + 1) // 2 and len(q.absmax) == -(n // -64)
+            assert nf4.dequantize(q, torch.float64).dtype == torch.float64
+            q.code.zero_()
+            assert same(weight.data, before), "quantizing wrote into the weight"
+            assert same(nf4.NF4, table), "a packed weight shares NF4's own table"
+
+
+def test_blocks_of_zeros_stay_zero(nf4):
+    q = nf4.quantize(torch.zeros(3, 64))
+    assert (q.codes == 0x77).all() and not q.absmax.any(), "zero is 7 in both halves"
+    assert same(nf4.dequantize(q), torch.zeros(3, 64)), "zeros came back as others"
+    some = randn(5, 64)
+    some[[0, 3]] = 0
+    for kind in KINDS:
+        for dtype in DTYPES:
+            assert_librarys(nf4, some.to(dtype), 64, kind)
+            assert_librarys(nf4, torch.zeros(65, dtype=dtype), 64, kind)
+            tail = torch.cat([randn(128), torch.zeros(30)]).to(dtype)
+            q = assert_librarys(nf4, tail, 64, kind)
+            assert q.absmax[-1] == torch.tensor(1e-38), "the library's floor"
+
+
+def test_blocks_do_not_heed_each_other_in_a_large_tensor(nf4):
+    """It goes through in pieces, and two bytes are looked up at once."""
+    n = 3 * 2**18 + 70
+    weight = (randn(n) * torch.linspace(0.1, 9, n)).bfloat16()
+    for code in (nf4.NF4, nf4.FP4):
+        q = nf4.quantize(weight, code=code)
+        got, piece = nf4.dequantize(q), 2**15  # small ones go another way
+        for i, part in enumerate(weight.split(piece)):
+            alone = nf4.quantize(part, code=code)
+            where = slice(i * piece // 64, i * piece // 64 + len(alone.absmax))
+            assert same(alone.absmax, q.absmax[where]), f"absmax of piece {i}"
+            where = slice(i * piece // 2, i * piece // 2 + len(alone.codes))
+            assert same(alone.codes, q.codes[where]), f"codes of piece {i}"
+            where = slice(i * piece, i * piece + len(part))
+            assert same(nf4.dequantize(alone), got[where]), f"values of piece {i}"
+
+
+def contents(n, dtype, seed):
+    """Tensors (n,) of all sorts: ordinary, extreme, tiny, with blocks of zeros."""
+    big, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    x = randn(n, seed=seed)
+    yield x
+    yield x**9
+    yield (x.sign() * big).where(x.abs() > 1, x)
+    yield x.clamp(-1, 1) * big
+    yield x * tiny / 9
+    yield x * 1e-38
+    yield x.sign() * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    yield x * (torch.arange(n) // 32 % 3 > 0)
+    yield torch.full((n,), -0.3)
+    yield (x * 4).round() / 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_size_and_content_is_the_librarys(kind, dtype):
+    seed, limits = 0, torch.finfo(dtype)
+    for blocksize in BLOCKS:
+        near = {k * blocksize + d for k in (1, 3) for d in (-1, 0, 1, 2, 17)}
+        for n in sorted({1, 2, 3, 5, *near}):
+            for x in contents(n, dtype, seed := seed + 1):
+                w = x.clamp(limits.min, limits.max).to(dtype)
+                assert_librarys(reference, w, blocksize, kind)
+    for shape in ((), (1,), (9, 7), (2, 3, 65), (3, 2, 5, 13)):
+        assert_librarys(reference, randn(*shape, dtype=dtype), 32, kind)
+    w = randn(130, 96, dtype=dtype)
+    for view in (
+        w.T,
+        w[1:, ::3],
+        w.view(13, 10, 96).transpose(0, 2),
+        w[0].expand(5, 96),
+    ):
+        assert not view.is_contiguous()
+        assert_librarys(reference, view, 64, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_tensors_are_the_librarys(kind, dtype):
+    for blocksize, n in ((64, 2**21), (32, 2**19 + 1), (4096, 2**20 + 4095)):
+        w = randn(n, seed=blocksize) * torch.logspace(-3, 3, n)
+        assert_librarys(reference, w.to(dtype), blocksize, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_pairs_of_float16_mantissas_are_the_librarys(kind):
+    """Each of 1,024 absmax, with all weights from 1/16 of it on: every quotient but for
+    powers of two, 8 million weights."""
+    steps = torch.arange(1024, dtype=torch.float32) / 1024 + 1
+    scales = 2.0 ** torch.arange(0, -4, -1)
+    w = (steps * scales[:, None]).view(-1)  # (4096,)
+    w = torch.stack([w, -w], 1).view(1, -1)  # (1, 8192)
+    absmax = steps[:, None]  # (1024, 1)
+    w = w.where(w.abs() <= absmax, absmax)  # every block has its absmax
+    w = torch.cat([absmax, w[:, 1:]], 1)
+    assert_librarys(reference, w[:, :4096].half().contiguous(), 4096, kind)
+    assert_librarys(reference, w[:, 4096:].half().contiguous(), 4096, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_millions_of_weights_next_to_midpoints_are_the_librarys(kind):
+    code, zeros = getattr(reference, kind.upper()), torch.zeros(4096, 52)
+    for seed in range(8):
+        scale = 2.0 ** (15 * (seed - 4))
+        full = torch.cat([near_midpoints(code, seed), zeros], 1) * scale
+        assert_librarys(reference, full, 128, kind)
+        assert_librarys(reference, full[:, :76].reshape(-1), 4096, kind)
+    for seed in range(300):  # one partial block each
+        row = near_midpoints(code, seed)[0]
+        assert_librarys(reference, row, 128, kind)
+
+
+# NaN, infinity and other bad input
+
+
+def test_nan_and_infinity_are_refused(nf4):
+    for dtype in DTYPES:
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for n, place in (
+                (128, 5),
+                (128, 127),
+                (100, 70),
+                (100, 99),
+                (1, 0),
+                (65, 64),
+            ):
+                weight = randn(n, dtype=dtype)
+                weight[place] = value
+                with pytest.raises(ValueError, match="NaN or infinite") as error:
+                    nf4.quantize(weight)
+                assert_one_sentence(error)
+                base = nn.Linear(n, 1, dtype=dtype)
+                base.weight.data[0] = weight
+                with pytest.raises(ValueError, match="NaN or infinite"):
+                    nf4.NF4Linear(base, double_quant=True)
+
+
+LEVELS = torch.linspace(-1, 1, 16)
+BAD = {
+    "float64": dict(weight=torch.ones(8, dtype=torch.float64)),
+    "int": dict(weight=torch.ones(8, dtype=torch.int32)),
+    "bytes": dict(weight=torch.ones(8, dtype=torch.uint8)),
+    "complex": dict(weight=torch.ones(8, dtype=torch.complex64)),
+    "bool": dict(weight=torch.ones(8, dtype=torch.bool)),
+    "empty": dict(weight=torch.empty(0)),
+    "empty rows": dict(weight=torch.empty(3, 0)),
+    "blocksize=0": dict(blocksize=0),
+    "blocksize=3": dict(blocksize=3),
+    "blocksize=6": dict(blocksize=6),
+    "blocksize=True": dict(blocksize=True),
+    "blocksize=64.0": dict(blocksize=64.0),
+    "blocksize='64'": dict(blocksize="64"),
+    "blocksize=-64": dict(blocksize=-64),
+    "blocksize=None": dict(blocksize=None),
+    "15 values": dict(code=LEVELS[1:]),
+    "17 values": dict(code=torch.linspace(-1, 1, 17)),
+    "4 x 4 values": dict(code=LEVELS.view(4, 4)),
+    "values up to 7": dict(code=7 * LEVELS),
+    "values up to a half": dict(code=LEVELS / 2),
+    "a value is NaN": dict(
+        code=LEVELS.clone().index_fill(0, torch.tensor([3]), torch.nan)
+    ),
+    "code='nf4'": dict(code="nf4"),
+    "code=None": dict(code=None),
+    "a list": dict(code=LEVELS.tolist()),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(case):
+    call = {"weight": randn(8, 8), **BAD[case]}
+    with pytest.raises(ValueError) as error:
+        reference.quantize(**call)
+    assert_one_sentence(error)
+    words = dict(blocksize="block size", code="code must be 16", weight="weights|float")
+    error.match(words[next(iter(BAD[case]))])
+
+
+def lora_linear():
+    return lora.add(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)[0]
+
+
+NO_BASE = {
+    "Embedding": lambda: nn.Embedding(8, 8),
+    "LayerNorm": lambda: nn.LayerNorm(8),
+    "Conv2d": lambda: nn.Conv2d(4, 4, 1),
+    "Bilinear": lambda: nn.Bilinear(4, 4, 4),
+    "LoRALinear": lora_linear,
+    "NF4Linear": lambda: reference.NF4Linear(nn.Linear(8, 8)),
+    "Sequential": lambda: nn.Sequential(nn.Linear(8, 8)),
+    "NoneType": lambda: None,
+}
+
+
+@pytest.mark.parametrize("case", NO_BASE)
+def test_only_a_plain_linear_is_packed(case):
+    base = NO_BASE[case]()
+    before = snapshot(base) if base is not None else None
+    with pytest.raises(ValueError, match=f"plain linear.* not {case}") as error:
+        reference.NF4Linear(base)
+    assert_one_sentence(error)
+    if base is not None:
+        assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_a_layer_that_bitsandbytes_has_packed_is_refused(storage):
+    """Its bytes may be stored as floats, and are no weights for that."""
+    base = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", quant_storage=storage)
+    with pytest.raises(ValueError, match="plain linear.* not Linear4bit") as error:
+        reference.NF4Linear(base.to("cpu"))
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "float64"])
+def test_a_linear_of_another_dtype_is_refused_by_it(kind):
+    base = dict(
+        Linear8bitLt=lambda: bitsandbytes.nn.Linear8bitLt(
+            64, 64, has_fp16_weights=False
+        ),
+        float64=lambda: nn.Linear(64, 64).double(),
+    )[kind]().to("cpu")
+    with pytest.raises(ValueError, match=str(base.weight.dtype)) as error:
+        reference.NF4Linear(base)
+    assert_one_sentence(error)
+
+
+def test_a_bad_setting_of_a_layer_is_refused(nf4):
+    base = nn.Linear(8, 8)
+    before = snapshot(base)
+    for dtype in (torch.int8, torch.uint8, torch.complex64, "bf16", 16):
+        with pytest.raises(ValueError, match="compute_dtype.* float") as error:
+            nf4.NF4Linear(base, compute_dtype=dtype)
+        assert_one_sentence(error)
+    with pytest.raises(ValueError, match="block size"):
+        nf4.NF4Linear(base, blocksize=7)
+    assert_unchanged(base, before)
+
+
+# Double quantization
+
+
+def nearest(x):
+    """Indices of the nearest of the 256 dynamic values, found by trying all in float64:
+    (n,) lower, (n,) upper. They differ at a tie: x is on a midpoint, or nearer to it
+    than the rounding of a float32 product with a reciprocal."""
+    table, x, found = create_dynamic_map().double(), x.double(), []
+    for part in x.split(8192):
+        gap = (part[:, None] - table).abs()
+        tie = gap <= gap.min(1, keepdim=True).values + 2.0**-22 * part.abs()[:, None]
+        found.append((tie.int().argmax(1), 255 - tie.flip(1).int().argmax(1)))
+    return [torch.cat(side) for side in zip(*found, strict=True)]
+
+
+def spread(blocks, seed=0):
+    """(blocks, 8): a weight of an absmax each, lognormal."""
+    absmax = randn(blocks, seed=seed).exp()
+    return torch.cat([absmax[:, None], torch.zeros(blocks, 7)], 1)
+
+
+def test_double_quantization_takes_the_nearest_dynamic_value(nf4):
+    weight = spread(5000)
+    q = nf4.quantize(weight, 8, double_quant=True)
+    absmax = weight[:, 0]
+    assert same(q.offset, absmax.mean()), "the offset is the mean of the absmax"
+    rows = nn.functional.pad(absmax - q.offset, (0, 120)).view(20, 256)
+    assert q.nested_absmax.shape == (20,), "an absmax of 256 blocks each"
+    assert same(q.nested_absmax, rows.abs().max(1).values), "of absmax less their mean"
+    assert q.absmax.dtype == torch.uint8 and q.absmax.shape == (5000,)
+    x = rows.double() / q.nested_absmax[:, None].double()
+    low, high = nearest(x.view(-1)[:5000])
+    assert (low != high).sum() < 5, "the numbers hardly test anything"
+    wrong = ((q.absmax < low) | (q.absmax > high)).sum()
+    assert not wrong, f"{wrong} of 5000 absmax are not at the nearest dynamic value"
+    # and back, as the library does it with the same bytes
+    state = bitsandbytes.functional.QuantState(
+        q.nested_absmax, blocksize=256, code=create_dynamic_map(), dtype=torch.float32
+    )
+    want = dequantize_blockwise(q.absmax, state) + q.offset
+    back = nf4.dequantize(q)
+    assert same(back[:, 0], want), "code * nested_absmax + offset, which is a mean"
+    assert not back[:, 1:].any()
+
+
+def test_absmax_next_to_a_midpoint_are_at_the_nearest_too(nf4):
+    """On it, to the lower; 54 of the 255 midpoints are themselves rounded up and 53
+    down, and then no float32 lies between."""
+    table = create_dynamic_map()
+    middle = (table[1:] + table[:-1]) / 2
+    near = [middle, *(torch.nextafter(middle, torch.tensor(e)) for e in (-9.0, 9.0))]
+    for x in near:
+        # two blocks of 256: their mean is 2, the largest distance from it 1
+        pairs = torch.cat([x, -x, torch.tensor([1.0, -1.0])])  # (512,)
+        absmax = (
+            2 + pairs[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
+        )
+        weight = absmax[:, None] * torch.tensor([1.0, 0, 0, 0])
+        q = nf4.quantize(weight, 4, double_quant=True)
+        rest = (absmax - q.offset).view(2, 256).double()
+        low, high = nearest((rest / q.nested_absmax[:, None].double()).view(-1))
+        wrong = ((q.absmax < low) | (q.absmax > high)).sum()
+        assert not wrong, f"{wrong} absmax are not at the nearest dynamic value"
+
+
+def test_equal_absmax_leave_nothing_to_divide_by(nf4):
+    """Their distance from the mean is zero, or what rounding leaves of it."""
+    for value in (0.0, 1.0, 0.1, 3e-38, 2.0**100):
+        for blocks in (1, 3, 255, 256, 257):
+            weight = torch.full((blocks, 64), value)
+            q = nf4.quantize(weight, double_quant=True)
+            got, nested = nf4.dequantize(q), q.nested_absmax.repeat_interleave(256)
+            assert torch.allclose(got, weight, rtol=1e-5, atol=0), f"{value}: {got[0]}"
+            level = nf4.DYNAMIC[q.absmax.int()]
+            assert not level[nested[:blocks] == 0].any(), (
+                "zero is not at the value zero"
+            )
+
+
+def test_a_weight_takes_4_bits_and_its_share_of_an_absmax(nf4):
+    """4 + 32/64; doubly quantized 4 + 8/64 + 32/(64 * 256), and 32 for the offset."""
+    weight, n = randn(1024, 1024), 2**20
+    q = nf4.quantize(weight)
+    assert q.bits() == 4.5, f"{q.bits()} bits a weight"
+    assert nf4.quantize(weight, 4096).bits() == 4 + 32 / 4096
+    q = nf4.quantize(weight, double_quant=True)
+    assert q.bits() == 4 + 8 / 64 + 32 / (64 * 256) + 32 / n
+    assert round(q.bits(), 3) == 4.127, f"{q.bits()} bits a weight"
+    assert nf4.quantize(torch.ones(3)).bits() == 8 * (2 + 4) / 3, "3 in two bytes"
+
+
+def test_a_layer_of_4096_squared_weighs_what_the_librarys_does():
+    """The library's file has the 256 dynamic values beside ours, and a text with the
+    settings and the offset, which is 4 bytes here."""
+    base = nn.Linear(4096, 4096, bias=False)
+    theirs = bitsandbytes.nn.Linear4bit(
+        4096, 4096, bias=False, quant_type="nf4", compress_statistics=True
+    )
+    theirs.weight.data = base.weight.data
+    weighed = {}
+    for nested in (True, False):
+        layer = copy.deepcopy(theirs)
+        layer.weight.compress_statistics = nested
+        weighed[nested] = layer.to("cpu").state_dict()
+    for nested, want in ((True, 8_654_916), (False, 9_437_248)):
+        own = reference.NF4Linear(base, double_quant=nested).state_dict()
+        kept = {n: t.nbytes for n, t in own.items()}
+        assert sum(kept.values()) == want, kept
+        text = "weight.quant_state.bitsandbytes__nf4"
+        more = weighed[nested].pop(text).nbytes
+        rest = sum(t.nbytes for t in weighed[nested].values())
+        assert rest == want - (nested and 4) + (nested and 1024)
+        assert 80 <= more < 200, "the text"
+
+
+def test_the_librarys_table_of_65536_bins_is_coarser():
+    """On the CPU the library looks an absmax's code up in a table of 65,536 bins from
+    -1 to 1. A bin has one code, so near a midpoint some go to the neighbour. Near zero
+    the dynamic values are closer together than the bins are: there the code is up to
+    three values away, and zero itself is not at the value zero. Offset and nested
+    absmax are the same. 0.16% of codes differ where the weights are normal, 0.36% where
+    absmax are lognormal. What it loses is less than a bin's width of nested absmax."""
+    table, bin_width = create_dynamic_map(), 2 / 65535
+    for weight, low, high in (
+        (randn(2**23), 0.0010, 0.0025),
+        (spread(300_000), 0.0025, 0.0050),
+    ):
+        size = 64 if weight.dim() == 1 else 8
+        weight = weight.view(-1, size)
+        weight = nn.functional.pad(weight, (0, 64 - size))
+        q = reference.quantize(weight, 64, double_quant=True)
+        packed, state, _ = library(weight, 64, nested=True)
+        assert same(q.codes, packed) and same(q.offset, state.offset)
+        assert same(q.nested_absmax, state.state2.absmax)
+        gap = (q.absmax.int() - state.absmax.int()).abs()
+        share = (gap > 0).double().mean()
+        assert low < share < high, f"{share:.2%} of absmax have another code"
+        assert 1 <= gap.max() <= 3, f"codes are {gap.max()} apart"
+        nested = q.nested_absmax.repeat_interleave(256)[: len(weight)].double()
+        x = (weight.abs().max(1).values - q.offset).double() / nested
+        off = [(table[c.int()] - x).abs() for c in (q.absmax, state.absmax)]
+        loss = (off[1] - off[0]).max()
+        assert (off[0] <= off[1] + 1e-9).all(), "ours is not the nearest"
+        assert loss < bin_width, f"the library's is {loss:.1e} further away"
+
+
+# For any weights that hypothesis thinks of
+
+
+def largest_half_gap(code):
+    return code.sort().values.diff().max().item() / 2
+
+
+@st.composite
+def weights(draw, dtypes=DTYPES, bound=None):
+    """(n,) of up to 150; any floats, or none beyond bound."""
+    dtype, n = draw(st.sampled_from(dtypes)), draw(st.integers(1, 150))
+    most = float(torch.finfo(dtype).max) if bound is None else bound
+    most = min(most, float(np.finfo(np.float32).max))
+    floats = st.floats(-most, most, width=32)
+    return torch.from_numpy(draw(arrays(np.float32, n, elements=floats))).to(dtype)
+
+
+sizes = st.sampled_from((4, 8, 12, 32, 64, 100, 4096))
+
+
+@each_code
+@examples
+@given(weight=weights(), blocksize=sizes)
+def test_a_weight_moves_by_half_the_widest_gap_at_most(code, weight, blocksize):
+    table, limits = getattr(reference, code), torch.finfo(weight.dtype)
+    q = reference.quantize(weight, blocksize, table)
+    got, weight = reference.dequantize(q).double(), weight.double()
+    for w, new in zip(weight.split(blocksize), got.split(blocksize), strict=True):
+        c = w.abs().max()
+        bound = c * (largest_half_gap(table) + limits.eps + 1e-6)
+        bound += limits.smallest_normal * limits.eps  # a subnormal's rounding
+        assert (w - new).abs().max() <= bound + FLOOR
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@examples
+@given(weight=weights(), blocksize=st.sampled_from(BLOCKS))
+def test_whatever_the_weights_the_bytes_are_the_librarys(kind, weight, blocksize):
+    assert_librarys(reference, weight, blocksize, kind)
+
+
+@st.composite
+def ordinary(draw, dtypes=DTYPES):
+    """(n,) and a block size: each block's absmax is a power of two from 1/8 to 8, no
+    weight but zero is tiny."""
+    weight, size = draw(weights(dtypes, bound=1.0)), draw(sizes)
+    weight = weight.masked_fill(weight.abs() < 2**-10, 0)
+    weight[::size] = draw(st.sampled_from((1.0, -1.0)))
+    return weight * 2.0 ** draw(st.integers(-3, 3)), size
+
+
+@each_code
+@examples
+@given(pair=ordinary())
+def test_packing_what_was_unpacked_changes_nothing(code, pair):
+    """The largest weight is at 1 or -1 of every code, so that absmax stays. FP4 and
+    INT4 have zero twice: a code may go from one to the other, no value does."""
+    weight, size = pair
+    q = reference.quantize(weight, size, getattr(reference, code))
+    once = reference.dequantize(q)
+    again = reference.quantize(once, size, getattr(reference, code))
+    assert same(again.absmax, q.absmax)
+    assert same(reference.dequantize(again), once)
+    assert code != "NF4" or same(again.codes, q.codes)
+
+
+def test_packing_twice_does_change_weights_at_the_end_of_float32():
+    """An absmax below 1e-38 counts as that: the quotients are too small, in the library
+    too."""
+    weight = torch.full((64,), 5e-39)
+    q = assert_librarys(reference, weight)
+    once = reference.dequantize(q)
+    assert (once < 0.5 * weight).all()
+    assert not same(reference.quantize(once).codes, q.codes)
+
+
+@each_code
+@examples
+@given(pair=ordinary((torch.float32,)), power=st.integers(-110, 110))
+def test_a_power_of_two_scales_absmax_and_leaves_the_codes(code, pair, power):
+    weight, size = pair
+    table, scale = getattr(reference, code), 2.0**power
+    one = reference.quantize(weight, size, table)
+    two = reference.quantize(weight * scale, size, table)
+    assert same(one.codes, two.codes) and same(one.absmax * scale, two.absmax)
+
+
+@pytest.mark.parametrize("code", ["FP4", "INT4"])
+@examples
+@given(pair=ordinary((torch.float32,)))
+def test_a_symmetric_code_turns_with_the_sign(code, pair):
+    """But on a midpoint: of two as near, the lower."""
+    weight, size = pair
+    table = getattr(reference, code)
+    up, down = (
+        reference.dequantize(reference.quantize(w, size, table))
+        for w in (weight, -weight)
+    )
+    c = weight[::size].abs().repeat_interleave(size)[: len(weight)]
+    tie = torch.isin((weight / c).abs(), midpoints(table))
+    assert torch.equal(up[~tie], -down[~tie])
+
+
+def test_nf4_does_not_turn_with_the_sign(nf4):
+    there, back = (
+        nf4.dequantize(nf4.quantize(sign * torch.tensor([1.0, 0.25, -0.25, 0]), 4))
+        for sign in (1, -1)
+    )
+    assert not torch.equal(there, -back), "8 values above zero, 7 below: not symmetric"
+
+
+@examples
+@given(
+    absmax=arrays(
+        np.float32, st.integers(1, 600), elements=st.floats(0, 2**80, width=32)
+    )
+)
+def test_double_quantization_moves_absmax_by_half_a_step_at_most(absmax):
+    """Of the dynamic type, whose widest steps are 0.9 / 64: 0.7% of the largest
+    distance from the mean among 256 absmax."""
+    absmax = torch.from_numpy(absmax)
+    q = reference.quantize(absmax[:, None].expand(-1, 4), 4, double_quant=True)
+    got = reference.dequantize(q)[:, 0].double()
+    nested = q.nested_absmax.double().repeat_interleave(256)[: len(absmax)]
+    bound = nested * (0.9 / 128 + 1e-6) + 1e-6 * q.offset
+    assert ((got - absmax).abs() <= bound + 2 * FLOOR).all()
+
+
+# The library's own way back
+
+
+RIGHT = (
+    ((64, 64), 64),
+    ((192, 192), 64),
+    ((10, 72), 64),
+    ((7, 130), 64),
+    ((3, 5, 64), 64),
+    ((32, 32), 32),
+    ((2, 2048), 1024),
+    ((3, 4096), 512),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_of_the_librarys_kernel_where_that_is_right(kind, dtype):
+    for shape, blocksize in RIGHT:
+        weight = randn(*shape, dtype=dtype)
+        packed, state, values = library(weight, blocksize, kind)
+        theirs = dequantize_4bit(packed, state)
+        q = reference.quantize(weight, blocksize, getattr(reference, kind.upper()))
+        got = reference.dequantize(q)
+        # equal, not the same: of FP4's zeros the kernel makes one a -0
+        assert torch.equal(got, theirs) and same(got, values), (shape, blocksize)
+
+
+@pytest.mark.skipif(not AVX512, reason="the library's error is in its AVX512 kernel")
+def test_the_librarys_kernel_is_wrong_where_rows_end_within_a_block():
+    """bitsandbytes 0.50.2: rows of a multiple of 16 columns, but not of the block size.
+    From the second row on it takes the absmax of a wrong block."""
+    for shape, blocksize in (((144, 144), 64), ((64, 64), 128), ((80, 80), 64)):
+        weight = randn(*shape) * torch.logspace(-2, 2, shape[0])[:, None]
+        packed, state, values = library(weight, blocksize)
+        theirs = dequantize_4bit(packed, state)
+        assert not torch.allclose(theirs, values, rtol=1e-2), (
+            "bitsandbytes is mended: its dequantize_4bit gives its own codes times"
+            f" absmax at {shape} in blocks of {blocksize}; compare with it at every"
+            " shape, and take the warning out of the book"
+        )
+        assert same(reference.dequantize(reference.quantize(weight, blocksize)), values)
+
+
+# NF4Linear
+
+
+def plain(n_out=96, n_in=64, bias=True, dtype=torch.float32, seed=0):
+    layer = nn.Linear(n_in, n_out, bias=bias, dtype=dtype)
+    layer.weight.data = randn(n_out, n_in, seed=seed, dtype=dtype) / n_in**0.5
+    if bias:
+        layer.bias.data = randn(n_out, seed=seed + 1, dtype=dtype)
+    return layer
+
+
+def conv(n_out=96, n_in=64):
+    layer = Conv1D(n_out, n_in)  # GPT-2's: 64 in, 96 out, the weight is (64, 96)
+    layer.weight.data, layer.bias.data = randn(n_in, n_out) / 8, randn(n_out)
+    return layer
+
+
+def matrix(base):
+    """W as (out, in)."""
+    return base.weight.T if isinstance(base, Conv1D) else base.weight
+
+
+def near(a, b, tolerance):
+    return (a - b).abs().max() <= tolerance * max(1, b.abs().max())
+
+
+def test_a_layer_multiplies_by_the_dequantized_weight(nf4):
+    square = conv(64, 64)  # where a wrong transpose still fits
+    for base in (plain(), plain(bias=False), conv(), square, plain(7, 5)):
+        for how in ({}, dict(blocksize=32), dict(double_quant=True)):
+            layer = nf4.NF4Linear(base, **how)
+            w = nf4.dequantize(nf4.quantize(matrix(base), **how))
+            assert (
+                layer.weight.shape == w.shape == (layer.out_features, layer.in_features)
+            )
+            assert same(layer.weight, w), (
+                "the weight, (out, in), is the dequantized one"
+            )
+            for lead in ((3,), (2, 5), (), (0,), (2, 0)):
+                x = randn(*lead, w.shape[1]).requires_grad_()
+                pull = randn(*lead, len(w), seed=3)
+                want, got = linear(x, w, base.bias), layer(x)
+                assert got.shape == want.shape and got.dtype == x.dtype
+                if not x.numel():
+                    assert torch.autograd.grad(got.sum(), x)[0].shape == x.shape
+                    continue
+                assert near(got, want, 1e-6), "not x W^T and the bias"
+                gradients = [torch.autograd.grad(y, x, pull)[0] for y in (got, want)]
+                assert near(*gradients, 1e-6), "the gradient to x is grad W"
+
+
+def test_a_layer_in_16_bits_is_right_to_rounding(nf4):
+    for dtype in (torch.bfloat16, torch.float16):
+        base = plain(dtype=dtype)
+        layer, unit = nf4.NF4Linear(base), torch.finfo(dtype).eps
+        w = nf4.dequantize(nf4.quantize(base.weight)).float()
+        x = randn(9, 64, dtype=dtype).requires_grad_()
+        got, want = layer(x), linear(x.float(), w, base.bias.float())
+        assert got.dtype == dtype and near(got, want, unit)
+        pull = randn(9, 96, seed=3, dtype=dtype)
+        grad, exact = torch.autograd.grad(got, x, pull)[0], pull.float() @ w
+        assert grad.dtype == dtype and near(grad, exact, unit)
+
+
+def test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs(nf4):
+    base = plain()
+    for compute in (torch.bfloat16, torch.float16, torch.float32):
+        layer = nf4.NF4Linear(base, compute_dtype=compute)
+        w = layer.weight.to(compute)
+        for dtype in (*DTYPES, torch.float64):
+            x = randn(3, 64).to(dtype).requires_grad_()
+            want = (x.to(compute) @ w.T + base.bias.to(compute)).to(dtype)
+            got = layer(x)
+            assert got.dtype == dtype, "the answer has the input's dtype"
+            assert torch.equal(got, want), f"the product is not in {compute}"
+            got.sum().backward()
+            assert x.grad.dtype == dtype and x.grad.any()
+    for dtype in (*DTYPES, torch.float64):
+        layer = nf4.NF4Linear(base)  # in the input's
+        x = randn(3, 64).to(dtype)
+        assert layer(x).dtype == dtype
+        want = x @ layer.weight.to(dtype).T + base.bias.to(dtype)
+        assert torch.equal(layer(x), want)
+
+
+def test_the_gradient_is_exact_in_float64(nf4):
+    layer = nf4.NF4Linear(plain(5, 8))
+    x = randn(2, 8).double().requires_grad_()
+    assert torch.autograd.gradcheck(layer, x), "backward is not that of forward"
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+def test_a_bias_stays_the_layers_own_frozen_or_trained(nf4):
+    for trains in (True, False):
+        base = plain()
+        base.bias.requires_grad_(trains)
+        layer = nf4.NF4Linear(base)
+        assert layer.bias is base.bias and [*layer.parameters()] == [base.bias]
+        x, pull = randn(5, 64).requires_grad_(), randn(5, 96, seed=3)
+        layer(x).backward(pull)
+        assert x.grad is not None
+        if trains:
+            assert near(base.bias.grad, pull.sum(0), 1e-6)
+        else:
+            assert base.bias.grad is None
+    assert nf4.NF4Linear(plain(bias=False)).bias is None
+    assert nf4.NF4Linear(plain().eval()).training is False
+    assert nf4.NF4Linear(plain().train()).training is True
+
+
+def test_no_unpacked_weight_outlives_a_product(nf4):
+    """Neither among what autograd saves, nor anywhere else: every weight that
+    `dequantize` made has gone when forward is done, and when backward is."""
+    made, saved, real = [], [], nf4.dequantize
+    shapes = {(96, 64), (64, 96), (80, 96), (96, 80)}
+
+    def alive():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        tensors = [t for t in tensors if t.is_floating_point()]
+        return {id(t): t for t in tensors if tuple(t.shape) in shapes}
+
+    def watched(*args, **kwargs):
+        w = real(*args, **kwargs)
+        made.append(StorageWeakRef(w.untyped_storage()))
+        return w
+
+    nf4.dequantize = watched
+    try:
+        for compute in (None, torch.bfloat16):
+            base = nn.Sequential(plain(96, 64), nn.Tanh(), conv(80, 96))
+            layers = (nf4.NF4Linear(base[0], compute_dtype=compute), base[1])
+            model = nn.Sequential(
+                *layers, nf4.NF4Linear(base[2], compute_dtype=compute)
+            )
+            x = randn(3, 64).requires_grad_()
+            made.clear()
+            before = alive()
+            hooks = lambda t: saved.append(t.shape) or t, lambda t: t  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+                y = model(x)
+            assert len(made) == 2, "each layer unpacks once on the way there"
+            assert alive().keys() == before.keys(), "a weight is kept for backward"
+            assert all(ref.expired() for ref in made), "a weight is kept for backward"
+            assert not shapes & {*map(tuple, saved)}, "a weight is saved for backward"
+            y.sum().backward()
+            assert len(made) == 4 and x.grad.any(), "and once more on the way back"
+            assert all(ref.expired() for ref in made), "a weight outlives backward"
+            assert alive().keys() == before.keys(), "a weight outlives backward"
+    finally:
+        nf4.dequantize = real
+
+
+def test_autocast_rounds_as_it_does_a_plain_linear(nf4):
+    layer = nf4.NF4Linear(plain())
+    x = randn(9, 64).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = layer(x), linear(x, layer.weight, layer.bias)
+    assert got.dtype == torch.float32 and near(got, want.float(), 2**-7)
+    assert not torch.equal(got, layer(x)), "autocast does nothing here"
+    got.sum().backward()
+    assert x.grad.dtype == torch.float32 and near(x.grad, layer.weight.sum(0), 2**-7)
+
+
+def test_a_cast_of_the_model_rounds_no_absmax(nf4):
+    casts = (
+        nn.Module.half,
+        nn.Module.bfloat16,
+        nn.Module.double,
+        nn.Module.float,
+        lambda m: m.to(torch.float16),
+        lambda m: m.type(torch.float16),
+    )
+    for nested in (False, True):
+        model = nn.Sequential(
+            nf4.NF4Linear(plain(), double_quant=nested), nn.Linear(96, 2)
+        )
+        before = {n: t.clone() for n, t in model[0].named_buffers()}
+        for cast in casts:
+            cast(model)
+            after = dict(model[0].named_buffers())
+            assert after.keys() == before.keys()
+            for name, t in after.items():
+                assert same(t, before[name]), f"{name} was rounded: {t.dtype}"
+            dtype = model[1].weight.dtype
+            assert model[0].bias.dtype == dtype, "the bias goes with the other layers"
+            assert model[0].weight.dtype == dtype, "T5 asks the weight for its dtype"
+            assert model(randn(3, 64).to(dtype)).dtype == dtype
+
+
+def test_a_layer_goes_to_the_meta_device_and_back(nf4):
+    for nested in (False, True):
+        layer = nf4.NF4Linear(plain(), double_quant=nested)
+        twin = copy.deepcopy(layer).to("meta")
+        assert all(t.is_meta for t in twin.state_dict().values())
+        assert twin.weight.is_meta and twin(randn(3, 64).to("meta")).shape == (3, 96)
+        twin = twin.half().to_empty(device="cpu").float()
+        twin.load_state_dict(layer.state_dict())
+        assert same(twin.weight, layer.weight), "an absmax was rounded on its way"
+        with torch.device("meta"):
+            base = nn.Linear(5, 7)  # a partial block
+        for code in (nf4.NF4, nf4.FP4):
+            packed = nf4.NF4Linear(base, double_quant=nested, code=code)
+            real = nf4.NF4Linear(nn.Linear(5, 7), double_quant=nested, code=code)
+            shapes = {n: (t.shape, t.dtype) for n, t in real.state_dict().items()}
+            found = {n: (t.shape, t.dtype) for n, t in packed.state_dict().items()}
+            assert found == shapes
+
+
+def test_the_buffers_are_the_whole_of_a_weight(nf4):
+    """They go round by state dict and deepcopy; `code` too, so that an FP4 weight loads
+    into a layer that was NF4. Another block size or nesting is an error."""
+    for nested in (False, True):
+        a = nf4.NF4Linear(plain(), double_quant=nested, code=nf4.FP4)
+        b = nf4.NF4Linear(plain(seed=7), double_quant=nested)
+        assert not same(a.weight, b.weight)
+        state = a.state_dict()
+        names = {"codes", "absmax", "code", "bias"}
+        assert state.keys() == names | (
+            {"nested_absmax", "offset"} if nested else set()
+        )
+        b.load_state_dict(state)
+        assert same(b.weight, a.weight), "the state dict is not the whole weight"
+        twin, kept = copy.deepcopy(a), a.weight
+        assert same(twin.weight, kept)
+        for t in (*twin.buffers(), *b.buffers()):
+            t.zero_()
+        assert same(a.weight, kept), "a copy shares its tensors"
+        for other in (dict(double_quant=not nested), dict(blocksize=32)):
+            layer = nf4.NF4Linear(plain(), **{"double_quant": nested, **other})
+            with pytest.raises(RuntimeError, match="state_dict"):
+                layer.load_state_dict(state)
+
+
+def test_a_whole_layer_goes_through_a_file():
+    layer, file = reference.NF4Linear(plain(), double_quant=True), io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=False).weight, layer.weight)
+
+
+def test_reading_the_weight_unpacks_it_anew_and_marks_it(nf4):
+    for dtype in DTYPES:
+        layer = nf4.NF4Linear(plain(dtype=dtype), double_quant=True)
+        w = layer.weight
+        assert w.dtype == dtype and not w.requires_grad
+        assert hasattr(w, "quant_state"), "without the mark a merge would write into it"
+        kept = w.clone()
+        w.zero_()
+        assert same(layer.weight, kept), "writing into it changed the layer"
+        assert same(nf4.dequantize(layer), kept), "a layer is a packed weight too"
+
+
+def test_a_compiled_layer_agrees(nf4):
+    """Traced whole, forward and backward; no C++ compiler is needed for that."""
+    torch._dynamo.reset()
+    layer = nf4.NF4Linear(plain(), double_quant=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = randn(3, 64).requires_grad_()
+    got = compiled(x)
+    assert torch.equal(got, layer(x)) and near(
+        got, linear(x, layer.weight, layer.bias), 1e-6
+    )
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert near(grad, layer.weight.sum(0).expand(3, 64), 1e-6)
+
+
+# With other methods and modules
+
+
+def packed_net(nf4=reference):
+    torch.manual_seed(0)
+    model = nn.Sequential(plain(64, 64), nn.Tanh(), plain(8, 64))
+    model[0] = nf4.NF4Linear(model[0], double_quant=True)
+    return model
+
+
+@pytest.mark.parametrize("method", [lora, vera, ia3], ids=["lora", "vera", "ia3"])
+def test_a_method_trains_over_a_packed_layer_and_merge_refuses_it(method):
+    model, x = packed_net(), randn(5, 64)
+    first = model(x)
+    before = {n: t.clone() for n, t in model[0].named_buffers()}
+    method.add(model, ["0"])
+    assert torch.equal(model(x), first), "adding moved the outputs"
+    own = method.state_dict(model, keep_vars=True)
+    optimizer = torch.optim.SGD(own.values(), 0.01)
+    start = {n: p.detach().clone() for n, p in own.items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).pow(2).sum().backward()
+        optimizer.step()
+    assert all((p != start[n]).any() for n, p in own.items()), "something did not train"
+    for name, t in model[0].base.named_buffers():
+        assert same(t, before[name]), f"{name} moved"
+    trained = snapshot(model)
+    with pytest.raises(ValueError, match="packed") as error:
+        method.merge(model)
+    assert_one_sentence(error)
+    assert_unchanged(model, trained)
+
+
+@pytest.mark.parametrize("method", [dora, pissa], ids=["dora", "pissa"])
+def test_a_method_that_needs_the_weight_itself_refuses_a_packed_layer(method):
+    model = packed_net()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="packed") as error:
+        method.add(model, "all-linear", r=2)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+def test_gradients_of_a_lora_are_those_over_the_unpacked_weight(nf4):
+    model = packed_net(nf4)
+    model[2] = nf4.NF4Linear(model[2])  # the gradient of the first LoRA is through it
+    twin, found = copy.deepcopy(model), []
+    for i in (0, 2):
+        twin[i] = nn.Linear(64, len(model[i].weight))
+        twin[i].weight.data, twin[i].bias = model[i].weight, model[i].bias
+    for m in (model, twin):
+        torch.manual_seed(1)
+        lora.add(m, "all-linear", r=4)
+        for name, p in lora.state_dict(m, keep_vars=True).items():
+            if name.endswith("lora_B"):
+                p.data = randn(*p.shape, seed=9) / 8
+        m(randn(5, 64)).pow(2).sum().backward()
+        found.append({n: p.grad for n, p in lora.state_dict(m, keep_vars=True).items()})
+    for name, grad in found[0].items():
+        assert grad.any() and near(grad, found[1][name], 1e-5), name
+
+
+def test_bitfit_trains_and_makes_the_bias_of_a_packed_layer():
+    model, x = packed_net(), randn(5, 64)
+    bitfit.add(model)
+    model(x).sum().backward()
+    assert model[0].bias.grad.any()
+    model = nn.Sequential(reference.NF4Linear(plain(64, 64, bias=False)))
+    bitfit.add(model, create=True)
+    model(x).sum().backward()
+    assert model[0].bias.dtype == torch.float32 and (model[0].bias.grad == 5).all()
+
+
+def test_torchs_attention_reads_the_right_weight():
+    """nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer take a
+    layer's weight and never call it: they find it unpacked."""
+
+    def twin_of(model, paths):
+        """With the same weights, not packed."""
+        twin = copy.deepcopy(model)
+        for path in paths:
+            layer = model.get_submodule(path)
+            dense = nn.Linear(layer.in_features, layer.out_features)
+            dense.weight.data, dense.bias = layer.weight, layer.bias
+            twin.set_submodule(path, dense)
+        return twin
+
+    x = randn(2, 5, 64)
+    attention = nn.MultiheadAttention(64, 4, batch_first=True)
+    block = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
+    for model, paths, call in (
+        (attention, ["out_proj"], lambda m, x: m(x, x, x)[0]),
+        (block, ["self_attn.out_proj", "linear1", "linear2"], lambda m, x: m(x)),
+    ):
+        start = call(model, x)
+        for path in paths:
+            layer = reference.NF4Linear(model.get_submodule(path), double_quant=True)
+            model.set_submodule(path, layer)
+        twin = twin_of(model, paths)
+        for mode in (True, False):
+            found = []
+            for m in (model.train(mode), twin.train(mode)):
+                row = x.clone().requires_grad_()
+                y = call(m, row)
+                (grad,) = torch.autograd.grad(y.pow(2).sum(), row)
+                with torch.no_grad():  # in eval mode the fast path
+                    found.append((y, grad, call(m, x)))
+            for got, want in zip(*found, strict=True):
+                assert near(got, want, 1e-5)
+            assert 1e-3 < (found[0][0] - start).abs().max() < 1
+    half = [x.half()] * 3  # the unpacked weight is in half precision too
+    assert near(attention.half()(*half)[0], attention.float()(x, x, x)[0], 1e-2)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_backward_are_linear4bits(kind, dtype, nested):
+    """In training mode: in eval mode the library packs its weight another way. Its
+    nested absmax go into ours, which has the nearest."""
+    base, seen = plain(128, 192, dtype=dtype), []
+    layer = reference.NF4Linear(
+        base, double_quant=nested, code=getattr(reference, kind.upper())
+    )
+    theirs = bitsandbytes.nn.Linear4bit(
+        192, 128, quant_type=kind, compress_statistics=nested, compute_dtype=dtype
+    )
+    theirs.load_state_dict(base.state_dict())
+    theirs.weight.data = base.weight.data.clone()
+    theirs = theirs.to("cpu").train()
+    state = theirs.weight.quant_state
+    assert same(layer.codes, theirs.weight.data)
+    assert nested or same(layer.absmax, state.absmax)
+    layer.absmax.copy_(state.absmax)
+    for m in (layer, theirs):
+        x = randn(7, 192, dtype=dtype).requires_grad_()
+        y = m(x)
+        y.backward(randn(7, 128, seed=3, dtype=dtype))
+        seen.append((y, x.grad))
+    unit = 1e-6 if dtype == torch.float32 else 2**-7
+    for got, want in zip(*seen, strict=True):
+        assert got.dtype == want.dtype and near(got, want, unit)
+
+
+# nf4.py copied alone, for tests/test_standalone.py
+
+ALONE = """
+import copy
+import nf4
+from torch import nn
+torch.manual_seed(0)
+base = nn.Linear(64, 48)
+q = nf4.quantize(base.weight, double_quant=True)
+assert q.codes.dtype == torch.uint8 and q.codes.shape == (64 * 24, 1) and q.bits() < 4.2
+w = nf4.dequantize(q)
+assert (w - base.weight).abs().max() < 0.16 * base.weight.abs().max()
+layer = nf4.NF4Linear(base, double_quant=True)
+x = torch.randn(3, 64, requires_grad=True)
+assert torch.allclose(layer(x), x @ w.T + base.bias, atol=1e-5)
+layer(x).sum().backward()
+assert torch.allclose(x.grad[0], w.sum(0), atol=1e-5)
+twin = nf4.NF4Linear(nn.Linear(64, 48), double_quant=True)
+twin.load_state_dict(layer.state_dict())
+assert torch.equal(twin.half().weight, w)
+try:
+    nf4.quantize(torch.tensor([1.0, float("nan")]))
+except ValueError:
+    pass
+else:
+    raise AssertionError("NaN went through")
+"""
+
+# Broken copies, for tests/test_mutations.py
+
+HELD = "codes = codes.view(-1, 1)["
+QUANTILES = "up, down = torch.special.ndtri(up), -torch.special.ndtri(down)"
+ENDS = "0.9677083, 0.5, n, **CPU"
+FP4 = "FP4 = torch.cat([FP4, 0 - FP4])"
+INT4 = "[*range(-7, 1), *range(8)]"
+ABSMAX = "torch.linalg.vector_norm(rows, torch.inf, 1, dtype=torch.float32)"
+ROWS = "F.pad(weight.reshape(-1), (0, -n % blocksize)).view(-1, blocksize)"
+CLAMP = "absmax[i : i + step, None].clamp(TINY)"
+TIMES = "rows[i : i + step] * (1 / c)"
+LAST = "absmax[-1], x[-1] = c[-1], rows[-1] / c[-1]"
+PACK = "near[:, ::2] << 4 | near[:, 1::2]"
+MENDED = "or not (absmax.is_meta or absmax.isfinite().all())"
+MEAN = "q.offset = q.absmax.mean()"
+MIDDLE = "(DYNAMIC[1:] + DYNAMIC[:-1]) / 2"
+NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
+TABLE = "[table.repeat_interleave(16), table.repeat(16)]"
+TWO = "torch.cat([low, low.transpose(0, 1)], 2)"
+THERE = "return x @ dequantize(layer, x.dtype).T"
+BACK = "grad.to(ctx.dtype) @ dequantize(ctx.layer, ctx.dtype), None"
+APPLY = "y = _Multiply.apply(x.to(self.compute_dtype or x.dtype), self)"
+CAST = "self._buffers |= {k: kept[k].to(self.codes.device) for k in cast}"
+KEPT = '"codes", "absmax", "code", "nested_absmax", "offset"'
+VALUES = test_the_values_are_the_librarys_to_the_bit
+STEPS = test_the_steps_between_nf4_values_are_equally_likely
+DEFAULTS = test_the_values_heed_no_default
+SAME = test_codes_absmax_and_values_are_the_librarys
+HALVES = test_the_first_of_two_weights_is_in_the_high_half
+TIES = test_a_tie_goes_to_the_lower_value
+ROUNDING = test_a_full_block_multiplies_and_a_partial_one_divides
+ALONG = test_blocks_run_along_the_rows
+LEFT = test_a_weight_comes_back_in_its_shape_and_dtype_and_is_left_alone
+ZEROS = test_blocks_of_zeros_stay_zero
+LARGE = test_blocks_do_not_heed_each_other_in_a_large_tensor
+REFUSED = test_nan_and_infinity_are_refused
+NEAREST = test_double_quantization_takes_the_nearest_dynamic_value
+EQUAL = test_equal_absmax_leave_nothing_to_divide_by
+WEIGHED = test_a_weight_takes_4_bits_and_its_share_of_an_absmax
+PRODUCT = test_a_layer_multiplies_by_the_dequantized_weight
+COMPUTE = test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs
+GONE = test_no_unpacked_weight_outlives_a_product
+CASTS = test_a_cast_of_the_model_rounds_no_absmax
+META = test_a_layer_goes_to_the_meta_device_and_back
+WHOLE = test_the_buffers_are_the_whole_of_a_weight
+READ = test_reading_the_weight_unpacks_it_anew_and_marks_it
+
+# {what is broken: (the law that goes red, {text: text in its place})}
+MUTATIONS = {
+    "the offset has more digits": (VALUES, {"0.9677083": "0.96770833333"}),
+    "the quantiles are in float32": (
+        VALUES,
+        {ENDS + ")[:-1].double()": ENDS + ")[:-1]"},
+    ),
+    "the steps are in float64": (VALUES, {"n, **CPU)": "n, dtype=torch.float64)"}),
+    "eight values are below zero and seven above": (STEPS, {"(9, 8)": "(8, 9)"}),
+    "zero comes twice": (
+        STEPS,
+        {"(9, 8)": "(8, 8)", "up.new_zeros(1)": "up.new_zeros(2)"},
+    ),
+    "NF4 is made symmetric": (
+        test_nf4_does_not_turn_with_the_sign,
+        {"(9, 8)": "(8, 8)", "up.new_zeros(1)": "up.new_zeros(2)"},
+    ),
+    "the quantiles start at 1 - 1/32": (STEPS, {"0.9677083": "0.96875"}),
+    "the values are evenly spaced": (
+        STEPS,
+        {QUANTILES: "up, down = up - 0.5, 0.5 - down"},
+    ),
+    "the values heed the default dtype": (
+        DEFAULTS,
+        {'dtype=torch.float32, device="cpu"': 'device="cpu"'},
+    ),
+    "the values heed the default device": (DEFAULTS, {', device="cpu")': ")"}),
+    "FP4 has a -0": (VALUES, {FP4: FP4.replace("0 - FP4", "-FP4")}),
+    "FP4 is in order": (
+        test_fp4_is_read_off_its_bits,
+        {"0, 1 / 16, 8, 12, 4, 6, 2, 3": "0, 1 / 16, 2, 3, 4, 6, 8, 12"},
+    ),
+    "FP4 has no subnormal": (test_fp4_is_read_off_its_bits, {"0, 1 / 16,": "0, 1,"}),
+    "INT4 goes down to -8": (
+        test_int4_is_evenly_spaced,
+        {f"torch.tensor({INT4}, **CPU) / 7": "torch.arange(-8, 8, **CPU) / 8"},
+    ),
+    "the dynamic type has a -1": (
+        VALUES,
+        {"torch.arange(2, **CPU)": "torch.tensor([0, -1])"},
+    ),
+    "FP4's order is ignored": (SAME, {"if code is not NF4:": "if False:"}),
+    "absmax is max": (SAME, {ABSMAX: "rows.float().amax(1)"}),
+    "absmax is in the weight's dtype": (SAME, {", dtype=torch.float32)": ")"}),
+    "the padding counts": (
+        SAME,
+        {"(0, -n % blocksize)).view": "(0, -n % blocksize), value=9.0).view"},
+    ),
+    "the low half comes first": (HALVES, {PACK: "near[:, ::2] | near[:, 1::2] << 4"}),
+    "the padding is code 0": (
+        HALVES,
+        {
+            HELD: f"codes.view(-1)[n // 2 :] &= 240\n    {HELD}",
+        },
+    ),
+    "a tie goes to the upper": (TIES, {"near += x > bound": "near += x >= bound"}),
+    "full blocks divide": (ROUNDING, {TIMES: "rows[i : i + step] / c"}),
+    "the partial block multiplies": (ROUNDING, {LAST: "absmax[-1] = c[-1]"}),
+    "every last block divides": (
+        ROUNDING,
+        {"if n % blocksize and i + step": "if i + step"},
+    ),
+    "blocks run over columns": (ALONG, {"weight.reshape(-1)": "weight.mT.reshape(-1)"}),
+    "blocks run as the memory does": (
+        ALONG,
+        {
+            "weight.reshape(-1)": "weight.reshape(-1) if weight.dim() != 2 or"
+            " weight.stride(0) > 1 else weight.T.reshape(-1)"
+        },
+    ),
+    "a tensor comes back flat": (LEFT, {".view(q.shape)": ""}),
+    "a tensor comes back in float32": (LEFT, {"dtype=dtype or q.dtype": "dtype=dtype"}),
+    "a packed weight shares NF4's table": (LEFT, {", copy=True)": ")"}),
+    "a block of zeros gives NaN": (ZEROS, {CLAMP: "absmax[i : i + step, None]"}),
+    "the floor of a partial block is dropped": (
+        ZEROS,
+        {LAST: "x[-1] = rows[-1] / c[-1]"},
+    ),
+    "only the first piece is packed": (
+        LARGE,
+        {"range(0, len(rows), step :=": "range(0, 1, step :="},
+    ),
+    "absmax is always that of the first piece": (
+        LARGE,
+        {"absmax[i : i + step, None], out=": "absmax[: len(x), None], out="},
+    ),
+    "the high byte of two comes first": (
+        LARGE,
+        {TWO: "torch.cat([low.transpose(0, 1), low], 2)"},
+    ),
+    "the high half of a byte comes last": (
+        SAME,
+        {TABLE: "[table.repeat(16), table.repeat_interleave(16)]"},
+    ),
+    "NaN goes through": (REFUSED, {MENDED: "or (absmax == torch.inf).any()"}),
+    "infinity goes through": (REFUSED, {MENDED: "or absmax.isnan().any()"}),
+    "only the first block is looked at": (
+        REFUSED,
+        {"absmax.isfinite().all()": "absmax[0].isfinite()"},
+    ),
+    "the offset is forgotten": (NEAREST, {NESTED: NESTED[: -len(" + q.offset")]}),
+    "there is no offset": (NEAREST, {MEAN: "q.offset = torch.tensor(0.0)"}),
+    "the offset is the largest": (NEAREST, {MEAN: "q.offset = q.absmax.max()"}),
+    "nested blocks are of 64": (
+        NEAREST,
+        {
+            "% 256)).view(-1, 256)": "% 64)).view(-1, 64)",
+            "interleave(256)": "interleave(64)",
+        },
+    ),
+    "absmax go to the value below": (NEAREST, {MIDDLE: "DYNAMIC[1:]"}),
+    "absmax go to the value above": (NEAREST, {MIDDLE: "DYNAMIC[:-1]"}),
+    "an absmax's sign is lost": (NEAREST, {"rows * (1 /": "rows.abs() * (1 /"}),
+    "the midpoints are off by a thousandth of a step": (
+        test_absmax_next_to_a_midpoint_are_at_the_nearest_too,
+        {MIDDLE: f"({MIDDLE}).lerp(DYNAMIC[1:], 0.001)"},
+    ),
+    "equal absmax give NaN": (EQUAL, {"nested_absmax.clamp(TINY)": "nested_absmax"}),
+    "bits counts the codes alone": (
+        WEIGHED,
+        {
+            "self.codes, self.absmax, self.nested_absmax, self.offset": "self.codes,",
+        },
+    ),
+    "bits forgets the nested absmax": (
+        WEIGHED,
+        {"self.absmax, self.nested_absmax, self.offset)": "self.absmax, self.offset)"},
+    ),
+    "a code takes a byte": (
+        WEIGHED,
+        {
+            "torch.empty_like(rows[:, ::2], ": "torch.empty_like(rows[:, :], ",
+            f"codes[i : i + step] = {PACK}": "codes[i : i + step] = near",
+            "[: (n + 1) // 2]": "",
+        },
+    ),
+    "a Conv1D is packed untransposed": (
+        PRODUCT,
+        {"weight.T if conv else weight": "weight"},
+    ),
+    "the product is with W, not its transpose": (PRODUCT, {THERE: THERE[:-2]}),
+    "the gradient goes through the wrong orientation": (
+        PRODUCT,
+        {BACK: BACK.replace(", None", ".T, None")},
+    ),
+    "the gradient passes W by": (
+        PRODUCT,
+        {BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.layer.in_features), None"},
+    ),
+    "the bias is dropped": (PRODUCT, {"y if self.bias is None else": "y if True else"}),
+    "a layer is never doubly quantized": (
+        PRODUCT,
+        {"blocksize, code, double_quant)": "blocksize, code)"},
+    ),
+    "16 bits are computed in float32 and stay so": (
+        test_a_layer_in_16_bits_is_right_to_rounding,
+        {"y + self.bias.to(y.dtype)).to(x.dtype)": "y + self.bias.float())"},
+    ),
+    "compute_dtype is ignored": (COMPUTE, {"x.to(self.compute_dtype or x.dtype)": "x"}),
+    "the answer is in compute_dtype": (COMPUTE, {"y.dtype)).to(x.dtype)": "y.dtype))"}),
+    "the gradient is rounded to 8 bits": (
+        test_the_gradient_is_exact_in_float64,
+        {"grad.to(ctx.dtype) @": "grad.bfloat16().to(ctx.dtype) @"},
+    ),
+    "the bias is a copy": (
+        test_a_bias_stays_the_layers_own_frozen_or_trained,
+        {
+            "q.shape, base.bias": "q.shape, copy.deepcopy(base.bias)",
+            "import torch\n": "import copy\n\nimport torch\n",
+        },
+    ),
+    "a layer is in train mode": (
+        test_a_bias_stays_the_layers_own_frozen_or_trained,
+        {"compute_dtype, base.training": "compute_dtype, True"},
+    ),
+    "autograd saves the weight": (
+        GONE,
+        {
+            APPLY: "dtype = self.compute_dtype or x.dtype\n"
+            "        y = F.linear(x.to(dtype), dequantize(self, dtype))"
+        },
+    ),
+    "the context keeps the weight": (
+        GONE,
+        {THERE: "ctx.w = dequantize(layer, x.dtype)\n        return x @ ctx.w.T"},
+    ),
+    "the layer keeps the weight": (
+        GONE,
+        {THERE: "layer.w = dequantize(layer, x.dtype)\n        return x @ layer.w.T"},
+    ),
+    "autocast decides the answer's dtype": (
+        test_autocast_rounds_as_it_does_a_plain_linear,
+        {"y.dtype)).to(x.dtype)": "y.dtype))"},
+    ),
+    "half() rounds absmax": (CASTS, {CAST: "pass"}),
+    "the weight does not follow a cast": (
+        CASTS,
+        {"fn(torch.empty(0, dtype=self.dtype)).dtype": "self.dtype"},
+    ),
+    "half() leaves the bias": (CASTS, {"super()._apply(fn, recurse)": "pass"}),
+    "a meta layer cannot be given memory": (
+        META,
+        {"if t.dtype != kept[k].dtype]": "]"},
+    ),
+    "a layer on the meta device is taken for NaN": (META, {"absmax.is_meta or ": ""}),
+    "the code is not saved": (
+        WHOLE,
+        {
+            KEPT: '"codes", "absmax", "nested_absmax", "offset"',
+            "for name in (": "self.code = q.code\n        for name in (",
+        },
+    ),
+    "the mark is missing": (READ, {"weight.quant_state = True": "pass"}),
+    "the weight is read in float32": (
+        READ,
+        {"weight = dequantize(self)": "weight = dequantize(self, torch.float32)"},
+    ),
+    "compute_dtype may be anything": (
+        test_a_bad_setting_of_a_layer_is_refused,
+        {'getattr(compute_dtype or torch.half, "is_floating_point", False)': "True"},
+    ),
+    "a trace breaks": (
+        test_a_compiled_layer_agrees,
+        {APPLY: f"print(end='', flush=bool(x.sum() > 0))\n        {APPLY}"},
+    ),
+    "a LoRA gets no gradient through the layer": (
+        test_gradients_of_a_lora_are_those_over_the_unpacked_weight,
+        {BACK: "torch.zeros_like(grad) @ dequantize(ctx.layer, ctx.dtype), None"},
+    ),
+}
