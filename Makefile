@@ -73,8 +73,9 @@ models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 results: $(SETUP)  ## run the long sweeps again (two hours)
 	$(BIN)/python -m experiments.run
 
-bench: $(SETUP)  ## time every method beside peft's (a quarter of an hour, quiet machine)
+bench: $(SETUP)  ## time everything beside peft and bitsandbytes (half an hour, quiet machine)
 	$(OFFLINE) $(BIN)/python -m experiments.bench
+	$(OFFLINE) $(BIN)/python -m experiments.bench_quantization
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)

@@ -12,6 +12,7 @@ from tools import figures
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [*sorted((ROOT / "book").rglob("*.md")), ROOT / "README.md"]
+FINDINGS = ("atlas", "index", "memory", "methods", "outliers", "quantization")
 FRESH = ROOT / "_build" / "results"  # where `make test` has the chapters write
 
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
@@ -41,7 +42,7 @@ def test_no_decimal_in_a_chapter_is_left_unbound(chapter):
     assert not loose, f"bind these to a result, or mark them <!-- cited -->: {loose}"
 
 
-@pytest.mark.parametrize("name", ["atlas", "index", "methods"])
+@pytest.mark.parametrize("name", FINDINGS)
 def test_no_decimal_on_a_page_of_findings_is_left_unbound(name):
     loose = figures.unbound((ROOT / "book" / f"{name}.md").read_text("utf8"))
     assert not loose, f"bind these to a result, or mark them <!-- cited -->: {loose}"

@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 import torch
 
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
 
 @torch.no_grad()
 def exact_match(model, tokenizer, records, batch_size=100):
@@ -207,7 +209,7 @@ def machine():
         vectors=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
         python=platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        **{name: version(name) for name in LIBRARIES},
     )
 
 
