@@ -11,10 +11,10 @@ $$ i = \arg\min_j \left| w / c - \mathrm{code}_j \right| $$
 | $i$ | (n / 2, 1) | `Packed.codes` | two to a byte, the first in the high half |
 | $c$ | (n / 64,) | `Packed.absmax` | float32; doubly quantized, a byte |
 
-Double quantization packs the absmax too: less their mean, in blocks of 256, to the
-8-bit dynamic type. It leaves 4.127 of 4.5 bits a weight. Codes and absmax are those of
-bitsandbytes to the bit, but its CPU looks dynamic codes up in 65,536 bins, and ours are
-the nearest. Not here: kernels that multiply without unpacking.
+Double quantization packs the absmax too: less their mean, in blocks of 256, to an 8-bit
+dynamic type (the library's; the paper has 8-bit floats). It leaves 4.127 of 4.5 bits a
+weight. Codes and absmax are those of bitsandbytes to the bit, but its CPU looks dynamic
+codes up in 65,536 bins; ours are the nearest. Not here: products without unpacking.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ def normal_float():
 
 
 def dynamic_map():
-    """The 8-bit dynamic type (2110.02861, section 1.3), (256,), rising. Of each decade
-    from 1e-6 to 1, 0.1 to 1 is cut into equal parts, twice as many as in the one below;
+    """The 8-bit dynamic type (2110.02861, section 1.3), (256,), rising. In each of 7
+    decades up to 1, 0.1 to 1 is cut into equal parts, twice as many as in the one below;
     a value is the middle of a part. Also their negatives, 0, and 1 without a twin."""
     cuts = [torch.linspace(0.1, 1, 2**e + 1, **CPU) for e in range(7)]
     parts = [10.0 ** (e - 6) * (x[:-1] + x[1:]) / 2 for e, x in enumerate(cuts)]
@@ -74,7 +74,7 @@ class Packed:
 def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     """Pack a tensor of any shape, of 16- or 32-bit floats, row after row; a `Packed`.
     blocksize: weights to an absmax, a multiple of 4. code: 16 values from -1 to 1.
-    Raises ValueError for another one or dtype, no weights, and NaN or infinity."""
+    Raises ValueError for any other of these or dtype, no weights, NaN and infinity."""
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"4 bits need a float of 16 or 32 bits, not {weight.dtype}")
     if type(blocksize) is not int or blocksize < 4 or blocksize % 4:
