@@ -35,7 +35,7 @@ def normal_float():
 
 def dynamic_map():
     """The 8-bit dynamic type (2110.02861, section 1.3), (256,), rising. In each of 7
-    decades up to 1, 0.1 to 1 is cut into equal parts, twice as many as in the one below;
+    decades up to 1, 0.1 to 1 is cut into equal parts, twice as many as in that below;
     a value is the middle of a part. Also their negatives, 0, and 1 without a twin."""
     cuts = [torch.linspace(0.1, 1, 2**e + 1, **CPU) for e in range(7)]
     parts = [10.0 ** (e - 6) * (x[:-1] + x[1:]) / 2 for e, x in enumerate(cuts)]

@@ -1,0 +1,205 @@
+"""The memory calculator against measured peaks, and what it says of large models.
+
+A cell is a shape, a method and a setting. A real model is built and makes two steps;
+the second finds the optimizer with its state. Measured are the bytes of the model, and
+the highest point above them that torch's allocator reports. `kit.memory` predicts the
+same from the shape alone. About ten minutes on one core."""
+
+import copy
+import gc
+import time
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from peftlab.kit import measure, memory, results
+from tools.figures import refresh
+
+METHODS = ("full", "lora", "qlora")
+PARTS = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def llama(width, layers, heads, kv_heads, vocab):
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+    )
+
+
+SIZES = {  # name: config, tokens of a sequence, sequences
+    "width 256": (llama(256, 4, 4, 4, 8192), 128, 8),
+    "width 512": (llama(512, 6, 8, 2, 16384), 256, 4),
+    "width 1024": (llama(1024, 8, 16, 16, 32000), 512, 2),
+}
+OTHERS = {
+    "bert-base": ("bert-base", 128, 4),
+    "gpt2": ("gpt2", 256, 2),
+    "t5-small": ("t5-small", 128, 4),
+}
+OPTIMIZERS = ("adamw8bit", "sgd")  # on the middle size, in full
+LARGE = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
+LINEARS = ["q_proj", "v_proj"]
+CLAIMS = {  # what is said of a model, and the setting that comes nearest
+    "65b": dict(config="llama-65b", method="qlora", r=64),
+    "65b.small": dict(config="llama-65b", method="qlora", r=16),
+    "33b": dict(config="llama-33b", method="qlora", r=64),
+    "33b.small": dict(config="llama-33b", method="qlora", r=16),
+    "7b": dict(config="llama-2-7b", method="qlora", r=16),
+    "65b.full": dict(config="llama-65b", method="full"),
+    "65b.bf16": dict(config="llama-65b", method="full", dtype="bfloat16"),
+    "gpt3": dict(config="gpt-3", dtype="float16", r=4, targets=LINEARS),
+}
+
+
+def measured(
+    config,
+    method,
+    seq,
+    batch,
+    dtype=None,
+    optimizer="adamw",
+    checkpointing=False,
+    r=None,
+    targets=None,
+):
+    """Bytes that a real step takes at its highest point, those held before included."""
+    settings = memory._settings(method, r, targets, dtype, None)
+    shape, dtype = memory.load(config), settings.pop("dtype")
+    kind = type(measure._on_meta(shape, dtype, None))  # the class that the shape is of
+    torch.manual_seed(0)
+    model = kind(copy.deepcopy(shape)).to(dtype).train()
+    if add := memory.METHODS[method]:
+        model = add(model, **settings)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    inputs = {
+        name: torch.zeros_like(t, device="cpu") if isinstance(t, torch.Tensor) else t
+        for name, t in memory._inputs(model, batch, seq).items()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    updates = memory.OPTIMIZERS[optimizer](trained, lr=1e-5)
+
+    def two_steps():
+        for _ in range(2):
+            memory._loss(model, inputs).backward()
+            updates.step()
+            updates.zero_grad()
+
+    # The optimizer's state is born in there: of blocks that were there before, the
+    # profiler does not see the end, and an 8-bit state is replaced at each step.
+    held = memory._held([*model.parameters(), *model.buffers(), *inputs.values()])
+    gc.collect()
+    return held + measure.peak_memory(two_steps)
+
+
+def cell(name, shape, seq, batch, **settings):
+    """One row: what a step takes, predicted and measured, in bytes."""
+    work = dict(seq=seq, batch=batch, **settings)
+    begun = time.perf_counter()
+    predicted = memory.step(shape, device="cpu", **work)
+    gpu = memory.step(shape, **work)["total"]
+    middle = time.perf_counter()
+    real = measured(shape, **work)
+    return dict(
+        work,
+        shape=name,
+        predicted={part: predicted[part] for part in PARTS},
+        on_a_gpu=gpu,
+        measured=real,
+        ratio=predicted["total"] / real,
+        seconds=[(middle - begun) / 2, time.perf_counter() - middle],
+    )
+
+
+def cells():
+    jobs = [
+        (name, *shape, dict(method=method, checkpointing=checkpointing))
+        for shapes in (SIZES, OTHERS)
+        for name, shape in shapes.items()
+        for method in METHODS
+        for checkpointing in (False, True)
+    ]
+    middle = "width 512"
+    jobs += [
+        (middle, *SIZES[middle], dict(method="full", optimizer=optimizer))
+        for optimizer in OPTIMIZERS
+    ]
+    return [
+        cell(name, *shape, **more)
+        for name, *shape, more in tqdm(jobs, desc="measured cells")
+    ]
+
+
+def large():
+    """{model.method.batch: what it takes}, with checkpointing, 512 tokens."""
+    jobs = [(c, m, b) for c in LARGE for m in METHODS for b in (1, 4)]
+    return {
+        f"{config}.{method}.{batch}": memory.step(
+            config, method, seq=512, batch=batch, checkpointing=True
+        )
+        for config, method, batch in tqdm(jobs, desc="large models")
+    }
+
+
+def claims():
+    return {
+        name: memory.step(seq=512, batch=1, checkpointing=True, **claim)
+        for name, claim in tqdm(CLAIMS.items(), desc="claims")
+    }
+
+
+def key(row):
+    """width 512.lora.checkpointing, or width 512.full.sgd"""
+    more = "checkpointing" if row.get("checkpointing") else row.get("optimizer")
+    return ".".join(filter(None, (row["shape"], row["method"], more)))
+
+
+def derive(rows, models):
+    """Ratios as they are; bytes in MB (10^6) of what is measured, in GB of the rest."""
+    figures, ratios = {}, [row["ratio"] for row in rows]
+    for row in rows:
+        figures[f"{key(row)}.ratio"] = dict(value=row["ratio"], tolerance=0.05)
+        sizes = dict(measured=row["measured"], predicted=row["predicted"]["total"])
+        for name, size in sizes.items():
+            value = size / 1e6
+            figures[f"{key(row)}.{name}"] = dict(value=value, tolerance=value / 20)
+    figures["lowest"] = dict(value=min(ratios), tolerance=0.05)
+    figures["highest"] = dict(value=max(ratios), tolerance=0.05)
+    for name, found in models.items():
+        for part in PARTS:
+            value = found[part] / 1e9
+            figures[f"{name}.{part}"] = dict(value=value, tolerance=value / 100)
+        figures[f"{name}.trainable"] = dict(value=found["trainable"], tolerance=0)
+    for name, size in memory.CARDS.items():
+        value = size * memory.GiB / 1e9
+        figures[f"card.{name.partition(' (')[0]}"] = dict(value=value, tolerance=0)
+    return figures
+
+
+def main():
+    torch.set_num_threads(1)
+    rows, big, said = cells(), large(), claims()
+    models = big | {f"claim.{name}": found for name, found in said.items()}
+    figures = derive(rows, models)
+    results.save(
+        "memory",
+        dict(machine=measure.machine(), cells=rows, models=models, figures=figures),
+    )
+    page = results.FOLDER.parent / "memory.md"
+    if page.is_file():
+        page.write_text(refresh(page.read_text("utf8")), "utf8")
+    for row in rows:
+        predicted, real = row["predicted"]["total"] / 1e6, row["measured"] / 1e6
+        print(f"{key(row):32} {predicted:9.1f} {real:9.1f} MB  {row['ratio']:.4f}")
+    for name, found in models.items():
+        parts = "  ".join(f"{part} {found[part] / 1e9:.2f}" for part in PARTS)
+        print(f"{name:24} {parts} GB  {found['gpu']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,641 @@
+"""The memory calculator: against real steps, known bytes, and everything that is wrong
+with a command line."""
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from common import assert_one_sentence
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    DebertaV2Config,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    XLNetConfig,
+)
+
+from experiments import memory as sweep
+from peftlab import adam8bit, lora, qlora
+from peftlab.kit import measure, memory, results
+from tools import figures
+
+TINY = "tiny-decoder"
+PARTS = sweep.PARTS
+
+
+def llama(width=192, layers=3, heads=3, kv_heads=1, vocab=1000):
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+    )
+
+
+def gpt2(dropout=0.1):
+    drops = dict(attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout)
+    return GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=1000, **drops)
+
+
+T5 = T5Config(
+    d_model=128,
+    d_ff=256,
+    d_kv=32,
+    num_layers=2,
+    num_heads=4,
+    vocab_size=1000,
+    decoder_start_token_id=0,
+)
+FALCON = FalconConfig(
+    vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=8
+)
+
+
+# Against real steps
+
+
+STORED = {sweep.key(row): row for row in results.load("memory")["cells"]}
+EIGHTEEN = [
+    f"{size}.{method}{more}"
+    for size in sweep.SIZES
+    for method in sweep.METHODS
+    for more in ("", ".checkpointing")
+]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_prediction_is_within_a_tenth_of_the_measured_peak(name):
+    row = STORED[name]
+    ratio = row["predicted"]["total"] / row["measured"]
+    assert ratio == row["ratio"]
+    assert abs(ratio - 1) < (0.05 if name in EIGHTEEN else 0.1)
+    assert sum(row["predicted"][p] for p in PARTS[:-1]) == row["predicted"]["total"]
+
+
+def test_the_stored_cells_are_three_methods_at_three_sizes_twice_and_others():
+    assert {*EIGHTEEN} < STORED.keys() and len(EIGHTEEN) == 18
+    assert {STORED[name]["shape"] for name in STORED} == {*sweep.SIZES, *sweep.OTHERS}
+    # Half a gigabyte and more: the model is most of it, and not of a few workspaces.
+    assert max(row["measured"] for row in STORED.values()) > 3e9
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        (llama(), dict(method="lora", seq=192, batch=4)),
+        (llama(vocab=9000), dict(method="qlora", seq=256, batch=4, checkpointing=True)),
+        (llama(768, 1, 12, 4), dict(method="qlora", seq=128, batch=4)),
+        (llama(), dict(method="full", seq=256, batch=2, checkpointing=True)),
+        (llama(vocab=9000), dict(method="full", seq=8, batch=1)),
+        (llama(vocab=9000), dict(method="full", seq=8, batch=1, optimizer="adamw8bit")),
+        (llama(), dict(method="full", seq=64, batch=4, optimizer="sgd")),
+        (llama(), dict(method="lora", seq=192, batch=4, dtype="float32", r=64)),
+        (gpt2(), dict(method="full", seq=128, batch=4)),
+        (gpt2(0.0), dict(method="qlora", seq=256, batch=4)),
+        (T5, dict(method="lora", seq=128, batch=4)),
+        (FALCON, dict(method="full", seq=256, batch=4)),
+        (
+            MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2),
+            dict(method="full", seq=64, batch=2),
+        ),
+    ],
+    ids=lambda x: (
+        "-".join(map(str, x.values())) if isinstance(x, dict) else x.model_type
+    ),
+)
+def test_a_step_of_another_shape_takes_what_is_predicted(config, settings):
+    predicted = memory.step(config, device="cpu", **settings)["total"]
+    real = sweep.measured(config, **settings)
+    assert predicted == pytest.approx(real, rel=0.03), f"{predicted / real:.4f}"
+
+
+def test_attention_that_no_hardware_stores_is_not_counted(monkeypatch):
+    config = llama(128, 3, 8, 8)
+    settings = dict(method="full", seq=1024)
+    predicted = memory.step(config, device="cpu", **settings)["total"]
+    assert predicted == memory.step(config, **settings)["total"]
+    real = sweep.measured(config, batch=1, **settings)
+    assert predicted == pytest.approx(real, rel=0.03)
+    scores = 3 * 8 * 1024**2 * 4  # layers, heads, tokens squared, bytes
+    monkeypatch.setattr(
+        memory, "_attention", lambda f, device, *a, **more: f(*a, **more)
+    )
+    naive = memory.step(config, **settings)["total"]
+    assert naive - predicted > scores, "meta tensors go to the kernel that stores them"
+
+
+def test_dropout_costs_a_gpu_less_than_a_cpu():
+    settings = dict(seq=256, batch=2, method="full")
+    cpu, gpu = (memory.step(gpt2(), device=d, **settings) for d in ("cpu", "cuda"))
+    scores = 3 * 2 * 4 * 256**2 * 4  # layers, batch, heads, tokens squared, bytes
+    assert cpu["activations"] - gpu["activations"] > scores
+    dry = [memory.step(gpt2(0.0), device=d, **settings) for d in ("cpu", "cuda")]
+    assert dry[0] == dry[1] and dry[1]["total"] < gpu["total"]
+
+
+def test_a_learned_bias_on_the_scores_is_run_on_a_gpu_too():
+    settings = dict(seq=128, batch=2, method="full")
+    cpu, gpu = (memory.step(T5, device=d, **settings)["total"] for d in ("cpu", "cuda"))
+    assert gpu < cpu
+
+
+def test_the_ledger_knows_what_the_profiler_knows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))
+    x = torch.randn(100, 64)
+
+    def work():
+        y = model(x)
+        (y.view(-1)[:50] * 2).sum().backward()  # a view is no storage of its own
+
+    peak = measure.peak_memory(work)
+    model.zero_grad()
+    with memory.Ledger() as ledger:
+        ledger.enter([x, *model.parameters()])
+        held = ledger.live
+        work()
+    assert held == x.nbytes + measure.nbytes(model)
+    assert ledger.peak - held == peak, "a storage counts once, from birth to death"
+    gradients = measure.nbytes([p.grad for p in model.parameters()])
+    assert ledger.live - held == gradients, "something freed is still open"
+
+
+# Known bytes
+
+
+def base_bytes(name, method, **settings):
+    """Of the weights without A and B, which are float32."""
+    with memory._as_on("cuda"):
+        model, _ = memory._build(memory.load(name), method, r=1, **settings)
+    return measure.nbytes(model) - 4 * measure.parameters(model)[0]
+
+
+@pytest.mark.parametrize(
+    "size, printed",
+    [("7b", "3.866"), ("13b", "7.201"), ("33b", "17.414"), ("65b", "34.459")],
+)
+def test_llama_in_nf4_has_the_known_bytes(size, printed):
+    settings = dict(dtype=torch.bfloat16, targets=["q_proj"], double_quant=True)
+    found = base_bytes(f"llama-{size}", "qlora", **settings)
+    assert f"{found / 1e9:.3f}" == printed
+
+
+def test_llama_65b_in_fp16_has_the_known_bytes():
+    found = base_bytes("llama-65b", "lora", dtype=torch.float16, targets=["q_proj"])
+    assert f"{found / 1e9:.2f}" == "130.57"
+
+
+BASES = {
+    "roberta-base": 124_645_632,
+    "roberta-large": 355_359_744,
+    "bert-base": 109_482_240,
+    "bert-large": 335_141_888,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "tiny-decoder": 918_656,
+}
+ROUNDED = {  # T5 1.1, less the head that transformers ties; GPT-3
+    "t5-small": (60.5e6, 0.001),
+    "t5-base": (222.9e6, 0.001),
+    "t5-large": (750.3e6, 0.001),
+    "t5-xl": (2.784e9, 0.001),
+    "t5-xxl": (11.004e9, 0.001),
+    "gpt-3": (175e9, 0.003),
+}
+
+
+def test_every_shape_has_a_known_count():
+    assert {*memory.SHAPES} == BASES.keys() | ROUNDED.keys()
+
+
+@pytest.mark.parametrize("name", memory.SHAPES)
+def test_a_built_in_shape_has_the_published_count(name):
+    kind = "base" if "bert" in name else None  # heads are not counted
+    found = measure.count(memory.load(name), kind=kind)["base"]
+    if name in BASES:
+        assert found == BASES[name]
+    else:
+        near, within = ROUNDED[name]
+        assert found == pytest.approx(near, rel=within)
+
+
+@pytest.mark.parametrize("name", ["bert-base", "gpt2", "t5-small"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_every_family_runs(name, method):
+    found = memory.step(name, method, seq=32)
+    assert all(found[part] > 0 for part in PARTS)
+    assert found["total"] == sum(found[part] for part in PARTS[:-1])
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_weights_and_gradients_are_the_bytes_of_a_real_model(method):
+    model = LlamaForCausalLM(llama()).bfloat16()
+    add = dict(lora=lora.add, qlora=qlora.add)[method]
+    add(model, "all-linear", r=4)
+    found = memory.step(llama(), method, r=4, seq=8)
+    assert found["weights"] == measure.nbytes(model)
+    tensors = lora.state_dict(model)
+    assert found["gradients"] == measure.nbytes(tensors)
+    assert found["trainable"] == sum(t.numel() for t in tensors.values())
+    assert found["parameters"] - found["trainable"] == measure.count(llama())["base"]
+
+
+def test_the_states_are_those_of_the_optimizers():
+    def state(optimizer, **more):
+        found = memory.step(llama(), "full", seq=8, optimizer=optimizer, **more)
+        return found["optimizer"] / found["trainable"]
+
+    assert state("adamw") == pytest.approx(8, rel=1e-3)
+    assert state("adamw", dtype="bfloat16") == pytest.approx(4, rel=1e-3)
+    assert state("sgd") == 0
+    real = LlamaForCausalLM(llama())
+    optimizer = adam8bit.Adam8bit(real.parameters())
+    real(torch.zeros(1, 8, dtype=torch.long)).logits.mean().backward()
+    optimizer.step()
+    kept = [t for s in optimizer.state.values() for t in s.values()]
+    size = sum(t.nbytes for t in kept if isinstance(t, torch.Tensor))
+    found = memory.step(llama(), "full", seq=8, optimizer="adamw8bit")["optimizer"]
+    assert found == size < 0.27 * 8 * measure.parameters(real)[0]
+
+
+def test_torchs_own_adamw_takes_one_more_copy_on_a_gpu():
+    config = llama(vocab=9000)
+    fused, foreach = (
+        memory.step(config, "full", seq=8, optimizer=o)
+        for o in ("adamw", "adamw-foreach")
+    )
+    copy = foreach["activations"] - fused["activations"]
+    assert copy == pytest.approx(fused["weights"], rel=0.05)
+
+
+# What has to hold of any prediction
+
+
+def activations(**settings):
+    return memory.step(llama(), **settings)["activations"]
+
+
+@pytest.mark.parametrize("method", sweep.METHODS)
+def test_checkpointing_lowers_activations_and_nothing_else(method):
+    settings = dict(method=method, seq=256, batch=4)
+    plain, less = (
+        memory.step(llama(layers=6), checkpointing=c, **settings) for c in (False, True)
+    )
+    assert less["activations"] < 0.7 * plain["activations"]
+    assert all(less[part] == plain[part] for part in PARTS[:3])
+
+
+def test_more_tokens_take_more():
+    batches = [activations(seq=64, batch=n) for n in (1, 2, 4, 8)]
+    lengths = [activations(seq=n, batch=1) for n in (64, 128, 256, 512)]
+    for sizes in (batches, lengths):
+        assert sizes == sorted(sizes) and sizes[-1] > 4 * sizes[0]
+    # With no scores stored a long sequence costs what many short ones cost.
+    assert lengths[-1] == pytest.approx(batches[-1], rel=0.05)
+
+
+def test_each_setting_does_what_it_says():
+    big, small = (memory.step(llama(), r=r, seq=8) for r in (32, 2))
+    assert big["gradients"] == 16 * small["gradients"]
+    wide = llama(768, 1, 12, 12)
+    once, twice = (
+        memory.step(wide, "qlora", seq=8, double_quant=d) for d in (False, None)
+    )
+    packed = 4 * 768**2 + 3 * 768 * 2 * 768
+    bits = 8 * (once["weights"] - twice["weights"]) / packed
+    assert bits == pytest.approx(4.5 - 4.127, abs=0.01)
+    q = memory.step(llama(), targets=["q_proj"], seq=8)
+    assert q["trainable"] == 3 * 16 * (192 + 192)
+    bf16, fp32 = (
+        memory.step(llama(), "full", seq=8, dtype=d) for d in ("bfloat16", None)
+    )
+    assert fp32["gradients"] == 2 * bf16["gradients"] == 4 * fp32["trainable"]
+    named = memory.step(llama(), "full", seq=8, dtype=torch.bfloat16)
+    assert named == bf16
+
+
+def test_a_70b_model_takes_no_memory_here():
+    found = []
+
+    def work():
+        found.append(memory.step("llama-2-70b", batch=4, checkpointing=True))
+
+    assert measure.peak_memory(work) < 1e7 or torch.cuda.is_available()
+    stored = results.load("memory")["models"]["llama-2-70b.lora.4"]
+    assert found[0] == stored, "run `python -m experiments.memory`"
+    assert found[0]["total"] > 138e9
+
+
+def test_nothing_is_left_changed():
+    config, places = llama(), (functional, "scaled_dot_product_attention", "dropout")
+    before = config.to_dict(), [getattr(functional, n) for n in places[1:]]
+    for broken in (False, True):
+        with contextlib.suppress(ValueError) if broken else contextlib.nullcontext():
+            memory.step(config, "lora", targets=["no"] if broken else None, seq=8)
+        after = config.to_dict(), [getattr(functional, n) for n in places[1:]]
+        assert after == before
+        assert "range" not in vars(memory.nf4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DebertaV2Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            architectures=["DebertaV2ForSequenceClassification"],
+        ),
+        BertConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            architectures=["BertForQuestionAnswering"],
+        ),
+        BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2),
+        llama(),
+    ],
+    ids=["classifier", "questions", "no head", "causal"],
+)
+def test_models_that_ask_about_values_or_have_no_loss_are_run(config):
+    found = memory.step(config, "full", seq=16)
+    assert found["gradients"] > 0.9 * found["weights"]
+
+
+# The cards
+
+
+def test_a_card_holds_less_than_its_name_says():
+    sizes = [size * memory.GiB for size in memory.CARDS.values()]
+    assert sizes == sorted(sizes)
+    for name, size in memory.CARDS.items():
+        printed = int(name.split("(")[1].split()[0])
+        assert 0.9 * printed < memory.CARDS[name] < printed, "GiB against the name"
+        room = (size * memory.GiB - memory.CONTEXT) / (1 + memory.HOLES)
+        assert memory.fits(room - 1) == name != memory.fits(room + 1e3)
+    assert memory.fits(0) == "T4 (16 GB)" and memory.fits(1e12) is None
+
+
+@pytest.mark.parametrize("total", [-1, float("nan"), "8", None])
+def test_fits_refuses_what_is_no_size(total):
+    with pytest.raises(ValueError, match="bytes are a number") as error:
+        memory.fits(total)
+    assert_one_sentence(error)
+
+
+def test_the_public_figures_come_out_or_are_said_not_to():
+    found = results.load("memory")["models"]
+    room = {
+        name.partition(" (")[0]: size * 2**30 for name, size in memory.CARDS.items()
+    }
+    # "65B on a 48 GB card": at r=64, as it was done, only with paged optimizers.
+    assert room["L40S"] < found["claim.65b"]["total"] < room["RTX A6000"]
+    assert found["claim.65b"]["gpu"] == "A100 or H100 (80 GB)"
+    assert found["claim.65b.small"]["gpu"] == "A100 (40 GB)"
+    # "33B on a 24 GB card": the same.
+    assert found["claim.33b"]["total"] > room["RTX 3090 or 4090"]
+    assert found["claim.33b.small"]["total"] < room["L4 or A10G"]
+    assert found["claim.7b"]["gpu"] == "T4 (16 GB)"
+    # 780 GB are 12 bytes a parameter, between our two; 350 GB are GPT-3's.
+    sizes = [found[f"claim.65b.{k}"]["total"] / 1e9 for k in ("bf16", "full")]
+    assert sizes[0] < 780 < sizes[1]
+    assert found["claim.gpt3"]["total"] / 1e9 == pytest.approx(350, rel=0.01)
+
+
+# The page
+
+PAGE = (results.FOLDER.parent / "memory.md").read_text("utf8")
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    block = PAGE.split("```")[1].replace("\\\n", "").strip()
+    line, _, printed = block.partition("\n")
+    assert line.startswith("$ python -m peftlab.kit.memory ")
+    assert memory.main(line.split()[4:]) == 0
+    assert capsys.readouterr().out.strip() == printed
+
+
+def test_the_page_names_the_cards_that_are_stored():
+    rows = re.findall(r"memory:(llama-2-\S+)\.total --> \| ([^|]+) \|", PAGE)
+    models = results.load("memory")["models"]
+    assert {key for key, _ in rows} == {k for k in models if k.startswith("llama-2")}
+    for key, card in rows:
+        assert (models[key]["gpu"] or "none").partition(" (")[0] == card
+    for name, size in memory.CARDS.items():
+        card, _, printed = name.rstrip(")").partition(" (")
+        assert f"| {card} | {printed} | {size:.2f}<!-- cited -->" in PAGE
+
+
+def test_every_figure_on_the_page_is_bound():
+    assert not figures.unbound(PAGE)
+
+
+# What is wrong
+
+BAD = {
+    "an unknown method": (dict(method="dora"), "there are: full, lora, qlora"),
+    "a method that is no name": (dict(method=["lora"]), "there are: full, lora"),
+    "r of full": (dict(method="full", r=8), "r is of lora and qlora"),
+    "targets of full": (dict(method="full", targets=["q_proj"]), "targets is of lora"),
+    "dtype of qlora": (dict(method="qlora", dtype="float16"), "dtype is of full and"),
+    "double_quant of lora": (dict(double_quant=True), "double_quant is of qlora"),
+    "double_quant of full": (dict(method="full", double_quant=False), "is of qlora"),
+    "r=0": (dict(r=0), "at least 1"),
+    "r=2.5": (dict(r=2.5), "whole number"),
+    "half-wrong targets": (dict(targets=["q_proj", "query"]), "there are: down_proj"),
+    "no targets": (dict(targets=[]), "all-linear"),
+    "an unknown dtype": (dict(dtype="int8"), "there are: float32, bfloat16, float16"),
+    "a dtype in 64 bits": (dict(dtype=torch.float64), "there are: float32"),
+    "an unknown optimizer": (dict(optimizer="lion"), "there are: adamw, adamw-foreach"),
+    "an unknown device": (dict(device="tpu"), "there are: cuda, cpu"),
+    "seq=0": (dict(seq=0), "seq must be a whole number"),
+    "seq=True": (dict(seq=True), "seq must be a whole number"),
+    "a long seq": (dict(seq=257), "maximum, 256"),
+    "batch=0": (dict(batch=0), "batch must be a whole number"),
+    "batch=1.5": (dict(batch=1.5), "batch must be a whole number"),
+    "checkpointing='no'": (dict(checkpointing="no"), "True or False"),
+    "a config of nothing": (dict(config=None), "a name, a path or a config"),
+    "an unknown config": (dict(config="llama-5"), "llama-2-7b, llama-2-13b"),
+    "a hub's name": (dict(config="meta-llama/Llama-2-7b-hf"), "one of bert-base"),
+    "a model of images": (dict(config=ViTConfig(), method="full"), "reads no text"),
+    "fused experts": (dict(config=MixtralConfig(num_hidden_layers=1)), "3-D expert"),
+    "RoBERTa's last two places": (
+        dict(
+            config=RobertaConfig(max_position_embeddings=20, num_hidden_layers=1),
+            method="full",
+            seq=19,
+        ),
+        "maximum, 18",
+    ),
+    "heads that do not divide": (
+        dict(config=GPT2Config(n_embd=128, n_head=3), method="full"),
+        "divisible",
+    ),
+    "a model that looks at its data": (
+        dict(config=XLNetConfig(n_layer=1, d_model=32, n_head=2), method="full"),
+        "XLNetLMHeadModel does not run without data",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(case, monkeypatch):
+    def refuse(*args, **more):
+        raise AssertionError("it reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    settings, words = BAD[case]
+    with pytest.raises(ValueError, match=words) as error:
+        memory.step(**{"config": TINY, "seq": 8, **settings})
+    assert_one_sentence(error)
+
+
+FILES = {
+    "is not JSON": "{",
+    "it has no model_type": "[]",
+    "has no model_type": '{"hidden_size": 8}',
+    r"needs code of its own \(auto_map\)": '{"model_type": "llama", "auto_map": {}}',
+    "knows no model type 'llama5'": '{"model_type": "llama5"}',
+    "is not a valid config": '{"model_type": "llama", "hidden_size": "wide"}',
+    "is not a multiple of": '{"model_type": "llama", "num_attention_heads": 7}',
+}
+
+
+@pytest.mark.parametrize("words", FILES)
+def test_a_file_that_is_no_config_gets_one_sentence(words, tmp_path):
+    (tmp_path / "config.json").write_text(FILES[words])
+    with pytest.raises(ValueError, match=words) as error:
+        memory.step(tmp_path)
+    assert_one_sentence(error)
+
+
+def test_a_config_is_read_from_a_file_or_its_folder(tmp_path):
+    config = llama()
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    want = memory.step(config, seq=8)
+    assert memory.step(tmp_path, seq=8) == want
+    assert memory.step(str(tmp_path / "config.json"), seq=8) == want
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert memory.step(tmp_path, seq=8) == want, "what is packed is ours to say"
+
+
+def test_an_empty_folder_gets_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="a folder that has one") as error:
+        memory.load(tmp_path)
+    assert_one_sentence(error)
+
+
+# The command
+
+
+def test_the_command_prints_the_parts_and_the_card(capsys):
+    arguments = "--config tiny-decoder --method qlora --r 4 --seq 32 --batch 2"
+    assert memory.main(arguments.split()) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == [*PARTS, "trains", "fits"]
+    assert out[0].endswith(" GB") and out[-1].endswith("T4 (16 GB)")
+    assert "38,912 of 957,568 (4.06%)" in out[-2]
+
+
+def test_the_options_of_the_command_are_those_of_step(capsys):
+    def bytes_of(line):
+        assert (
+            memory.main(["--config", TINY, "--seq", "32", "--json", *line.split()]) == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    for line, settings in {
+        "": {},
+        "--method full --optimizer sgd --dtype bfloat16": dict(
+            method="full", optimizer="sgd", dtype="bfloat16"
+        ),
+        "--targets q_proj,v_proj --checkpointing": dict(
+            targets=["q_proj", "v_proj"], checkpointing=True
+        ),
+        "--method qlora --no-double-quant --device cpu": dict(
+            method="qlora", double_quant=False, device="cpu"
+        ),
+        "--targets all-linear --r 2 --batch 3": dict(r=2, batch=3),
+    }.items():
+        assert bytes_of(line) == memory.step(TINY, seq=32, **settings), line
+
+
+def test_a_model_that_fits_no_card_is_said_not_to(capsys):
+    assert "none of them" in memory.report(
+        dict.fromkeys(PARTS, 1e12) | dict(trainable=1, parameters=1, gpu=None)
+    )
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("", "--config"),
+        ("--config x", "one of bert-base"),
+        ("--config tiny-decoder --method x", "there are: full, lora, qlora"),
+        ("--config tiny-decoder --r many", "invalid int value"),
+        ("--config tiny-decoder --batch 0", "from 1 up"),
+        ("--config tiny-decoder --method qlora --dtype bfloat16", "dtype is of full"),
+        ("--config tiny-decoder --metho lora", "unrecognized"),
+        ("--config tiny-decoder --targets ,", "no linear layer is named"),
+        ("--config tiny-decoder --seq 999", "maximum, 256"),
+    ],
+)
+def test_a_wrong_command_gets_one_sentence_and_status_2(line, words, capsys):
+    try:
+        status = memory.main(line.split())
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    assert words in err and err.count("\n") == 1, err
+
+
+def run(line):
+    command = [sys.executable, "-m", "peftlab.kit.memory", *line.split()]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_runs_and_prints_nothing_else():
+    done = run("--config tiny-decoder --method qlora --seq 32 --checkpointing --json")
+    assert done.returncode == 0 and not done.stderr
+    settings = dict(method="qlora", seq=32, checkpointing=True)
+    assert json.loads(done.stdout) == memory.step(TINY, **settings)
+
+
+def test_the_command_fails_with_a_sentence_alone():
+    done = run("--config llama-5")
+    assert done.returncode == 2 and not done.stdout
+    assert (
+        done.stderr.startswith("no config 'llama-5'") and done.stderr.count("\n") == 1
+    )
