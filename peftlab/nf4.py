@@ -84,8 +84,9 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     n = weight.numel()
     rows = F.pad(weight.reshape(-1), (0, -n % blocksize)).view(-1, blocksize)
     absmax = torch.linalg.vector_norm(rows, torch.inf, 1, dtype=torch.float32)
-    if not n or not (absmax.is_meta or absmax.isfinite().all()):
-        raise ValueError("there must be weights, and none that is NaN or infinite")
+    whole = absmax.mean() if double_quant else absmax  # the mean may overflow
+    if not n or not (whole.is_meta or whole.isfinite().all()):
+        raise ValueError("there must be weights, none NaN or infinite, nor their sum")
     levels, order = code.float().sort(stable=True)
     bounds = ((levels[1:] + levels[:-1]) / 2).tolist()
     codes = torch.empty_like(rows[:, ::2], dtype=torch.uint8)  # (blocks, blocksize / 2)
@@ -123,19 +124,19 @@ def dequantize(q, dtype=None):
     if q.offset is not None:
         nested = q.nested_absmax.repeat_interleave(256)[: len(absmax)]
         absmax = DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset
-    table = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # (256, 2)
-    codes = q.codes.view(-1)
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # (256, 2)
+    table, codes = pairs.view(torch.int64).view(-1), q.codes.view(-1)
     if short := len(absmax) * q.blocksize // 2 - len(codes):
         codes = F.pad(codes, (0, short))
     if len(codes) > 2**16:  # look up two bytes at once, the low one first
-        low = table.expand(256, 256, 2)
-        table = torch.cat([low, low.transpose(0, 1)], 2).view(-1, 4)  # (65536, 4)
-        codes = codes.view(torch.uint16)
+        low = pairs.expand(256, 256, 2)
+        four = torch.cat([low, low.transpose(0, 1)], 2)  # (256, 256, 4)
+        table, codes = four.view(torch.complex128).view(-1), codes.view(torch.uint16)
     rows = codes.view(len(absmax), -1)
     out = absmax.new_empty(len(absmax), q.blocksize, dtype=dtype or q.dtype)
     for i in range(0, len(out), step := max(1, CHUNK // q.blocksize)):
-        x = F.embedding(rows[i : i + step].int(), table).view(-1, q.blocksize)
-        torch.mul(x, absmax[i : i + step, None], out=out[i : i + step])
+        x = table.take(rows[i : i + step].long()).view(torch.float32)
+        out[i : i + step] = x.mul_(absmax[i : i + step, None])
     return out.view(-1)[: q.shape.numel()].view(q.shape)
 
 
@@ -191,5 +192,7 @@ class NF4Linear(nn.Module):
         return weight
 
     def forward(self, x):  # (..., in) -> (..., out)
+        if not x.is_floating_point():
+            raise ValueError(f"the input must be floats, not {x.dtype}")
         y = _Multiply.apply(x.to(self.compute_dtype or x.dtype), self)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)

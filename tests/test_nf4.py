@@ -500,6 +500,23 @@ def test_only_a_plain_linear_is_packed(case):
         assert_unchanged(base, before)
 
 
+def test_double_quantization_of_weights_beyond_float32_is_refused():
+    """Each is finite, the mean of their absmax is not; without it they are packed."""
+    w = torch.full((640,), 3e38)
+    assert torch.equal(reference.dequantize(reference.quantize(w)), w)
+    with pytest.raises(ValueError, match="infinite") as error:
+        reference.quantize(w, double_quant=True)
+    assert_one_sentence(error)
+
+
+def test_an_input_of_whole_numbers_is_refused():
+    layer = reference.NF4Linear(nn.Linear(4, 3), compute_dtype=torch.bfloat16)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(ValueError, match="must be floats") as error:
+            layer(torch.ones(2, 4, dtype=dtype))
+        assert_one_sentence(error)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_a_layer_that_bitsandbytes_has_packed_is_refused(storage):
     """Its bytes may be stored as floats, and are no weights for that."""
@@ -1305,7 +1322,7 @@ CLAMP = "absmax[i : i + step, None].clamp(TINY)"
 TIMES = "rows[i : i + step] * (1 / c)"
 LAST = "absmax[-1], x[-1] = c[-1], rows[-1] / c[-1]"
 PACK = "near[:, ::2] << 4 | near[:, 1::2]"
-MENDED = "or not (absmax.is_meta or absmax.isfinite().all())"
+MENDED = "or not (whole.is_meta or whole.isfinite().all())"
 MEAN = "q.offset = q.absmax.mean()"
 MIDDLE = "(DYNAMIC[1:] + DYNAMIC[:-1]) / 2"
 NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
@@ -1423,7 +1440,7 @@ MUTATIONS = {
     ),
     "absmax is always that of the first piece": (
         LARGE,
-        {"absmax[i : i + step, None], out=": "absmax[: len(x), None], out="},
+        {"x.mul_(absmax[i : i + step, None])": "x.mul_(absmax[: len(x), None])"},
     ),
     "the high byte of two comes first": (
         LARGE,
@@ -1437,7 +1454,7 @@ MUTATIONS = {
     "infinity goes through": (REFUSED, {MENDED: "or absmax.isnan().any()"}),
     "only the first block is looked at": (
         REFUSED,
-        {"absmax.isfinite().all()": "absmax[0].isfinite()"},
+        {"double_quant else absmax ": "double_quant else absmax[:1] "},
     ),
     "the offset is forgotten": (NEAREST, {NESTED: NESTED[: -len(" + q.offset")]}),
     "there is no offset": (NEAREST, {MEAN: "q.offset = torch.tensor(0.0)"}),
@@ -1543,7 +1560,7 @@ MUTATIONS = {
         META,
         {"if t.dtype != kept[k].dtype]": "]"},
     ),
-    "a layer on the meta device is taken for NaN": (META, {"absmax.is_meta or ": ""}),
+    "a layer on the meta device is taken for NaN": (META, {"whole.is_meta or ": ""}),
     "the code is not saved": (
         WHOLE,
         {
