@@ -122,6 +122,7 @@ TASKS = {  # how a class's name ends, and peft's name for its task
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 TYPES = {"nf4": nf4.NF4, "fp4": nf4.FP4}  # bitsandbytes' 4-bit types
+FLOAT = torch.float32
 STATE = ".weight.quant_state.bitsandbytes__"
 KEYS = {"absmax": ".absmax", "code": ".quant_map", "nested_absmax": ".nested_absmax"}
 HEADS = {  # the new layers that peft trains and saves whole, whether asked to or not
@@ -216,11 +217,12 @@ def load(model, folder):
 
 def packed_state_dict(model):
     """{name: tensor} of a base with linears in 4 bits, as bitsandbytes names them: what
-    `safetensors.torch.save_file` and transformers' 4-bit loading take. An adapter on
-    the model is left out, and of tied weights the first alone is there. Raises
-    ValueError for a model with no packed linear, and for a type of 4 bits or a block
-    size that bitsandbytes does not have."""
-    modules = dict(model.named_modules())
+    `safetensors.torch.save_file` and transformers' 4-bit loading take (but it wants
+    T5's `wo` and Falcon's linears plain). An adapter on the model is left out, and of
+    tied weights the first alone is there. Raises ValueError for a model with no packed
+    linear, and for a type of 4 bits, a block size or a dtype that bitsandbytes does not
+    have."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     packed = {p: m for p, m in modules.items() if isinstance(m, nf4.NF4Linear)}
     if not packed:
         raise ValueError("no linear of the model is in 4 bits: see qlora.add")
@@ -230,17 +232,16 @@ def packed_state_dict(model):
         path, _, leaf = name.rpartition(".")
         holder = path.removesuffix(".base")  # an adapter holds the layer as its base
         plain = holder if type(modules[holder]) in kinds else path
-        if leaf == "codes" and path in packed:
+        if path in packed and leaf not in ("codes", "bias"):
+            continue  # goes with the codes
+        if leaf in kinds.get(type(modules[path]), ()):
+            continue  # an adapter's own
+        place = t.data_ptr() or name, t.shape  # nothing is tied to an empty tensor
+        if place not in seen and path in packed and leaf == "codes":
             found |= _to_bitsandbytes(plain, packed[path])
-        elif (
-            path in packed
-            and leaf != "bias"
-            or leaf in kinds.get(type(modules[path]), ())
-        ):
-            continue
-        elif (place := (t.data_ptr(), t.shape)) not in seen:
+        elif place not in seen:
             found[f"{plain}.{leaf}" if plain else leaf] = t
-            seen |= {place} if t.data_ptr() else set()
+        seen.add(place)
     return found
 
 
@@ -253,25 +254,33 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
     dtype. compute_dtype: as in `nf4.NF4Linear`; the file does not say. Raises
     ValueError, the model unchanged, for a missing, unexpected, broken or wrong-shaped
     entry, a setting that we do not have, and a model on the meta device."""
+    for name, t in tensors.items() if isinstance(tensors, dict) else [("", tensors)]:
+        dense = torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
+        if not isinstance(name, str) or not dense:
+            raise ValueError(f"{name!r}: need {{name: tensor}}, dense and with memory")
+    if not getattr(compute_dtype or FLOAT, "is_floating_point", False):
+        raise ValueError(f"compute_dtype: a float or None, not {compute_dtype!r}")
     paths = {name.partition(STATE)[0] for name in tensors if STATE in name}
     if not paths:
         raise ValueError("there is no linear in 4 bits among these tensors")
     if any(t.is_meta for t in model.state_dict().values()):
         raise ValueError("the model is on the meta device: give it memory first")
-    modules, rest, new = dict(model.named_modules()), dict(tensors), {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    rest, new, there = dict(tensors), {}, model.state_dict()
     for path in sorted(paths):
         parts = {
             k: rest.pop(k) for k in tensors if f"{k}.".startswith(f"{path}.weight.")
         }
-        if not path or path not in modules:
+        sides = {"in_features", "out_features"} <= {*vars(modules.get(path, model))}
+        plain = sides or type(modules.get(path)).__name__ == "Conv1D"
+        if not path or path not in modules or not plain:
             raise ValueError(f"the model has no linear {path!r} to put 4 bits into")
         new[modules[path]] = _from_bitsandbytes(
             path, modules[path], parts, compute_dtype
         )
-    own = {
-        k: t for k, t in model.state_dict().items() if k[: -len(".weight")] not in paths
-    }
-    tied = {own[k].data_ptr() for k in own.keys() & rest.keys()}
+    inner = tuple(f"{path}." for path in paths)  # a base that is packed has more there
+    own = {k: t for k, t in there.items() if not k.startswith(inner) or "bias" in k}
+    tied = {there[k].data_ptr() for k in there.keys() & tensors.keys()}
     for name in sorted(own.keys() | rest.keys()):
         got, want = (str(getattr(d.get(name), "shape", None)) for d in (rest, own))
         if got != want and not (got == "None" and own[name].data_ptr() in tied):
@@ -546,10 +555,11 @@ def _from_file(key, name):
 def _to_bitsandbytes(path, layer):
     """{name: tensor} of one packed linear."""
     kind = next((k for k, v in TYPES.items() if torch.equal(v, layer.code.cpu())), None)
-    if kind is None or layer.blocksize not in [2**k for k in range(5, 13)]:
+    sizes, dtypes = [2**k for k in range(5, 13)], (FLOAT, torch.bfloat16, torch.float16)
+    if kind is None or layer.blocksize not in sizes or layer.dtype not in dtypes:
         raise ValueError(
             f"{path}: bitsandbytes has nf4 and fp4 alone, in blocks of 32, 64, 128, ..."
-            " to 4096"
+            " to 4096, of float32, bfloat16 and float16"
         )
     found = {"": layer.codes, ".absmax": layer.absmax, ".quant_map": layer.code}
     dtype = str(layer.dtype).removeprefix("torch.")
@@ -574,7 +584,8 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         k.removeprefix(f"{path}.weight"): t for k, t in parts.items() if k != state
     }
     try:
-        about = json.loads(bytes(parts[state].tolist()))
+        about = json.loads(bytes(parts[state].flatten().tolist()))
+        code = TYPES[about["quant_type"]]
         nested = "nested_offset" in about
         offset = torch.tensor(float(about["nested_offset"])) if nested else None
         dtype, shape = getattr(torch, about["dtype"]), tuple(about["shape"])
@@ -582,7 +593,14 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         with torch.device("meta"):  # a layer of that sort, without memory
             layer = nn.Linear(*shape[::-1], bias=False, dtype=dtype)
             layer = nf4.NF4Linear(layer, size, nested, compute_dtype)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{state} does not describe a weight in 4 bits") from error
     if shape != lora._shape(base):
         raise ValueError(
@@ -594,19 +612,19 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         )
     if not torch.equal(found.pop(".nested_quant_map", nf4.DYNAMIC).cpu(), nf4.DYNAMIC):
         raise ValueError(f"{path}: the absmax are in another type than the dynamic one")
-    codes = found.pop("", torch.empty(0))
-    own = {"codes": codes.contiguous().view(torch.uint8).view(-1, 1), "offset": offset}
+    codes = found.pop("", torch.empty(0)).contiguous().view(-1).view(torch.uint8)
+    own = {"codes": codes.view(-1, 1), "offset": offset}
     own |= {name: found.pop(key, None) for name, key in KEYS.items()}
     if found:
         raise ValueError(f"{path}.weight: {min(found)!r} is nothing that we know")
     for name, want in layer.state_dict().items():
-        if (
-            getattr(own[name], "shape", None) != want.shape
-            or own[name].dtype != want.dtype
-        ):
-            raise ValueError(
-                f"{path}.weight: its {KEYS.get(name, name)} is missing or odd"
-            )
+        t = own[name]
+        if getattr(t, "shape", None) != want.shape or t.dtype != want.dtype:
+            raise ValueError(f"{path}.weight: {KEYS.get(name, name)} is missing or odd")
+        if not t.isfinite().all():
+            raise ValueError(f"{path}.weight: {KEYS.get(name, name)} is not finite")
+    if not torch.allclose(own["code"].cpu(), code, atol=1e-6):
+        raise ValueError(f"{path}.weight: its values are not {about['quant_type']}'s")
     own = {
         name: t.to(base.weight.device, copy=True)
         for name, t in own.items()
