@@ -115,16 +115,16 @@ def _shift(base, change):
 
 
 def _shape(m):
-    """(out, in) of a linear; GPT-2's Conv1D keeps its weight as (in, out)."""
+    """(out, in) of a linear, else None; GPT-2's Conv1D has its weight as (in, out)."""
     conv = type(m).__name__ == "Conv1D"
-    return m.weight.shape[::-1] if conv else (m.out_features, m.in_features)
+    sides = tuple(getattr(m, f"{side}_features", None) for side in ("out", "in"))
+    return m.weight.shape[::-1] if conv else sides if all(sides) else None
 
 
 def _select(model, targets):
     """The linears that `targets` name; ValueError unless each target matches one."""
     paths = {f".{path}": m for path, m in model.named_modules() if path}
-    conv = {p for p, m in paths.items() if type(m).__name__ == "Conv1D"}
-    linears = {p: m for p, m in paths.items() if p in conv or hasattr(m, "in_features")}
+    linears = {p: m for p, m in paths.items() if _shape(m)}
     if targets == "all-linear":
         sizes = {(n, p.dim()): p.numel() for n, p in model.named_parameters()}
         if fused := sum(k for (n, d), k in sizes.items() if "expert" in n and d == 3):

@@ -335,6 +335,10 @@ STRICT = every.test_loading_is_strict
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
+    "one width makes a linear": (
+        every.test_all_linear_takes_what_has_two_widths,
+        {"if all(sides) else None": "if any(sides) else None"},
+    ),
     "a name that is not ours passes with None": (
         every.test_loading_takes_tensors_only_and_all_or_none,
         {" or name not in own": ""},

@@ -58,6 +58,17 @@ def paths(method, model):
     return {name.rpartition(".")[0] for name in method.state_dict(model)}
 
 
+class Head(nn.Module):
+    """Says how wide its input is and is no linear, as ESM's contact head does."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.regression = 6, nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.regression(x)
+
+
 # The laws: at the start
 
 
@@ -78,6 +89,11 @@ def test_only_what_the_state_dict_names_trains(method):
     assert paths(method, model) == set(ALL), "a tensor's name is its layer's path first"
     for name, t in method.state_dict(model).items():
         assert not t.requires_grad and t.data_ptr() == own[name].data_ptr()
+
+
+def test_all_linear_takes_what_has_two_widths(method):
+    model = put(method, nn.Sequential(nn.Linear(6, 6), Head()), "all-linear")
+    assert paths(method, model) == {"0", "1.regression"}
 
 
 def test_the_new_layers_are_in_the_models_mode(method):
