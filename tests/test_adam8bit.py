@@ -231,6 +231,24 @@ def test_a_tensor_without_numbers_packs(adam8bit):
     assert adam8bit.dequantize(codes, absmax, code).shape == (0, 5)
 
 
+def test_a_block_is_no_longer_than_the_tensor(adam8bit):
+    code, x = adam8bit.dynamic_map(), noise(5000)
+    codes, absmax = adam8bit.quantize(x, code, 5000)
+    for blocksize in (2**20, 2**62, 10**30):
+        got, largest = adam8bit.quantize(x, code, blocksize)
+        assert torch.equal(got, codes) and torch.equal(largest, absmax)
+        one, two = (
+            adam8bit.dequantize(codes, absmax, code, size) for size in (5000, blocksize)
+        )
+        assert torch.equal(one, two)
+
+    def work():
+        adam8bit.dequantize(*adam8bit.quantize(x, code, 2**20), code, 2**20)
+
+    used = measure.peak_memory(work) / x.nbytes
+    assert used < 10, f"{used:.0f} times x: is it filled up to a whole block?"
+
+
 # The laws of the step
 
 HOW = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
@@ -571,6 +589,116 @@ def test_a_foreign_state_is_refused_and_changes_nothing(adam8bit):
                 assert same_bits(now, torch.as_tensor(value))
 
 
+WORST = dict(lr=1e18, weight_decay=1e18, eps=1e18, betas=(1 - 2**-53, 1 - 2**-53))
+TOO_MUCH = dict(
+    lr=[math.inf, 1e19, 10**400, -1e-9, True],
+    weight_decay=[math.inf, 1e30, 10**400, False],
+    eps=[math.inf, 1e300, True, 0],
+    betas=[(1.0, 0.9), (0.9, 2), (True, 0.9), (0.9, math.nan)],
+    min_8bit_size=[True, math.nan, -1],
+    blocksize=[True, 64.0, math.inf, 0, -(10**30)],
+)
+
+
+def test_a_setting_that_a_step_cannot_take_is_refused_at_once(adam8bit):
+    for name, values in TOO_MUCH.items():
+        for value in values:
+            with pytest.raises(ValueError) as error:
+                adam8bit.Adam8bit([parameter(10)], **{name: value})
+            assert_one_sentence(error)
+            assert name in str(error.value), "it must say which"
+    good = [{k: v} for k, v in WORST.items()] + [WORST, dict(blocksize=10**30)]
+    good += [dict(lr=0, eps=1e-30, betas=[0, 0]), dict(min_8bit_size=10**400)]
+    for how in good:
+        w = parameter(64, 128)
+        (end,) = steps(adam8bit.Adam8bit([w], **how), [w], later([(64, 128)], [1]))
+        assert end.isfinite().all(), f"{how} is let in and a step fails"
+
+
+def foreign(saved):
+    """{what is wrong: a copy of the state dict `saved` with that}; 0 is packed."""
+    wrong = {}
+
+    def but(what, change):
+        wrong[what] = copy.deepcopy(saved)
+        change(wrong[what])
+
+    for k in ("step", "m", "v", "m_absmax", "v_absmax"):
+        but(f"no {k}", lambda d, k=k: d["state"][0].pop(k))
+        but(f"{k} is None", lambda d, k=k: d["state"][0].update({k: None}))
+    for k in ("m_absmax", "v_absmax"):
+        short = saved["state"][0][k][:-1]
+        but(f"{k} is short", lambda d, k=k, x=short: d["state"][0].update({k: x}))
+        half = saved["state"][0][k].half()
+        but(f"{k} is 16-bit", lambda d, k=k, x=half: d["state"][0].update({k: x}))
+    for k in "mv":
+        for dtype in (torch.float32, torch.int64):
+            x = saved["state"][0][k].to(dtype)
+            but(f"{k}, {dtype}", lambda d, k=k, x=x: d["state"][0].update({k: x}))
+        x = saved["state"][1][k]
+        but(f"{k} 16-bit", lambda d, k=k, x=x: d["state"][1].update({k: x.half()}))
+        but(f"{k} NaN", lambda d, k=k, x=x: d["state"][1].update({k: x * math.nan}))
+        but(f"{k} long", lambda d, k=k, x=x: d["state"][1].update({k: x.repeat(2)}))
+    for step in (0, -1, True, 1.5, "3", 10**400, torch.tensor(3.0)):
+        but(f"step {step!s:.9}", lambda d, t=step: d["state"][1].update(step=t))
+    but("one more", lambda d: d["state"][0].update(z=torch.ones(3)))
+    but("no dict", lambda d: d["state"].update({0: [1, 2]}))
+    for k in ("lr", "betas", "eps", "weight_decay", "min_8bit_size", "blocksize"):
+        but(f"a group without {k}", lambda d, k=k: d["param_groups"][1].pop(k))
+        for x in ("x", None, *TOO_MUCH[k]):
+            but(
+                f"{k} = {x!s:.9}",
+                lambda d, k=k, x=x: d["param_groups"][1].update({k: x}),
+            )
+    but("blocksize 128", lambda d: d["param_groups"][0].update(blocksize=128))
+    but("no groups", lambda d: d.pop("param_groups"))
+    but("no states", lambda d: d.pop("state"))
+    but("no params", lambda d: d["param_groups"][0].pop("params"))
+    return wrong | {"None": None, "a list": [saved], "empty": {}}
+
+
+def test_a_state_dict_that_is_not_whole_is_refused_and_changes_nothing(adam8bit):
+    weights, optimizer = fresh(adam8bit)
+    steps(optimizer, weights, later())
+    before = copy.deepcopy(optimizer.state_dict())
+    wrong = foreign(before)
+    plain = torch.optim.AdamW([dict(params=[w]) for w in weights])
+    wrong["AdamW's, before a step"] = plain.state_dict()
+    for what, state_dict in wrong.items():
+        try:
+            optimizer.load_state_dict(state_dict)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500, what
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+            pytest.fail(f"{what}: {error!r} is no sentence")
+        else:
+            pytest.fail(f"{what}: loaded")
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"], what
+        for i, state in before["state"].items():
+            assert state.keys() == after["state"][i].keys(), what
+            for x, value in state.items():
+                now = torch.as_tensor(after["state"][i][x])
+                assert same_bits(now, torch.as_tensor(value)), what
+    optimizer.load_state_dict(before)  # whole, as it is
+
+
+def test_a_group_that_leaves_8_bits_can_be_saved(adam8bit):
+    weights, optimizer = fresh(adam8bit)
+    steps(optimizer, weights, later())
+    optimizer.param_groups[0]["min_8bit_size"] = math.inf
+    for _ in range(2):  # packed by now, then not any more
+        twins, other = fresh(adam8bit)
+        other.load_state_dict(optimizer.state_dict())
+        for w, twin in zip(weights, twins, strict=True):
+            twin.data.copy_(w)
+        pair = ((optimizer, weights), (other, twins))
+        ends = [steps(o, ws, later(times=[4])) for o, ws in pair]
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        kept = optimizer.state[weights[0]].keys()
+        assert kept == {"step", "m", "v"}, "what packed m and v is left behind"
+
+
 def test_a_step_needs_the_memory_of_one_tensor_at_a_time(adam8bit):
     weights = [parameter(256, 256, seed=s, dtype=torch.bfloat16) for s in range(20)]
     for w in weights:
@@ -593,6 +721,10 @@ BAD = {
     "lr NaN": dict(lr=math.nan),
     "lr a string": dict(lr="1e-3"),
     "lr None": dict(lr=None),
+    "lr a tensor": dict(lr=torch.tensor(0.1)),
+    "lr of 401 digits": dict(lr=10**400),
+    "lr True": dict(lr=True),
+    "lr infinite": dict(lr=math.inf),
     "one beta": dict(betas=(0.9,)),
     "three betas": dict(betas=(0.9, 0.99, 0.999)),
     "beta 1": dict(betas=(0.9, 1.0)),
@@ -607,6 +739,7 @@ BAD = {
     "blocksize zero": dict(blocksize=0),
     "blocksize 64.0": dict(blocksize=64.0),
     "blocksize a string": dict(blocksize="256"),
+    "blocksize True": dict(blocksize=True),
 }
 
 
@@ -628,7 +761,11 @@ def test_no_byte_stands_for_nan_or_infinity(value):
     assert_one_sentence(error)
 
 
-@pytest.mark.parametrize("x, blocksize", [(torch.arange(5), 4), (torch.ones(5), 0)])
+@pytest.mark.parametrize(
+    "x, blocksize",
+    [(x, 4) for x in (torch.arange(5), None, "floats", [1.0, 2.0])]
+    + [(torch.ones(5), n) for n in (0, True, 4.0, None)],
+)
 def test_what_cannot_be_packed_gets_one_sentence(x, blocksize):
     with pytest.raises(ValueError) as error:
         reference.quantize(x, reference.SIGNED, blocksize)
@@ -985,20 +1122,21 @@ assert (back - x).abs().max() <= 0.0071 * x.abs().max()
 # Broken copies, for tests/test_mutations.py
 
 SORTED = "return torch.cat([*parts, *mirror, torch.arange(2, **like)]).sort().values"
-PACK = "rows = pad(rows, (0, -n % blocksize)).view(-1, blocksize)"
+SIZE = "n, size = x.numel(), max(1, min(blocksize, x.numel()))"
+CAP = "max(1, min(blocksize, codes.numel()))"
 LARGEST = "torch.linalg.vector_norm(rows, math.inf, 1)"
 READ = "g, w = p.grad.float(), p.float()"
-TABLES = "SIGNED.to(p.device), UNSIGNED.to(p.device)"
 ROOT = 'root = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])'
 SHRINK = 'w.mul_(1 - lr * group["weight_decay"])'
-KEEP = "state.update(step=t, m=m, v=v)"
+KEEP = "self.state[p] = state = dict(step=t, m=m, v=v)"
+BEGIN = "(state[k] if state else torch.zeros_like(g)"
 BIG = 'if p.numel() >= group["min_8bit_size"]:'
 FLOOR = 'state["v"].clamp_(min=(v > 0).byte())'
 READY = "pairs = [(p, group) for p, group in pairs if p.grad is not None]"
 CUT = "(p, group) for group in self.param_groups for p"
 LOOP = "        for p, group in pairs:\n            self._update(p, group)\n"
 LOAD = 'super().load_state_dict({**state_dict, "state": {}})'
-SETTINGS = "super().__init__(params, settings | sizes)"
+SETTINGS = "super().__init__(params, dict(how, eps=eps, min_8bit_size=min_8bit_size))"
 DECADES = test_each_decade_of_the_map_is_cut_twice_as_fine
 DEFAULT = test_the_map_heeds_no_default
 NEAREST = test_every_code_is_the_nearest
@@ -1021,6 +1159,9 @@ IN_16_BITS = test_16_bit_weights_are_counted_in_float32_and_rounded_once
 ROUND = test_the_state_dict_goes_round_to_the_bit
 REFUSED = test_a_bad_gradient_is_refused_before_the_first_weight
 FOREIGN = test_a_foreign_state_is_refused_and_changes_nothing
+WHOLE = test_a_state_dict_that_is_not_whole_is_refused_and_changes_nothing
+LIMITS = test_a_setting_that_a_step_cannot_take_is_refused_at_once
+LEFT = test_a_group_that_leaves_8_bits_can_be_saved
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
@@ -1033,7 +1174,7 @@ MUTATIONS = {
     ),
     "the map heeds the default dtype": (DEFAULT, {"dtype=torch.float32, ": ""}),
     "the map heeds the default device": (DEFAULT, {', device="cpu"': ""}),
-    "codes are rounded down": (NEAREST, {"(code[:-1] + code[1:]) / 2": "code[1:]"}),
+    "codes are rounded down": (NEAREST, {"(code[:-1] + code[1:])": "2 * code[1:]"}),
     "codes are rounded to even bins": (
         NEAREST,
         {"bucketize(rows,": "bucketize((rows * 127).round() / 127,"},
@@ -1050,29 +1191,37 @@ MUTATIONS = {
     ),
     "unpacking forgets absmax": (
         ERROR,
-        {"view(-1, blocksize) * absmax[:, None]": "view(-1, blocksize)"},
+        {".mul_(scale[: codes.numel()])": ""},
     ),
     "unpacking is one code off": (
         ERROR,
-        {"index_select(0, index)": "roll(1).index_select(0, index)"},
+        {"index_select(0, codes": "roll(1).index_select(0, codes"},
     ),
     "unpacking shrinks a little": (
         ITSELF,
-        {"index_select(0, index)": "mul(0.999).index_select(0, index)"},
+        {"index_select(0, codes": "mul(0.999).index_select(0, codes"},
     ),
     "small blocks are not scaled": (POWER, {"clamp(min=1e-38)": "clamp(min=1.0)"}),
     "the lowest value is made -1": (
         test_minus_one_is_not_on_the_map,
         {SORTED: f"code = {SORTED[7:]}\n    code[0] = -1.0 * signed\n    return code"},
     ),
-    "the block size is ignored": (SPOILT, {PACK: f"blocksize = n\n    {PACK}"}),
+    "the block size is ignored": (SPOILT, {SIZE: "n = size = x.numel()"}),
     "blocks run down the columns": (
         SPOILT,
         {"x.detach().float().flatten()": "x.detach().float().T.flatten()"},
     ),
     "a full last block gets another": (
         test_a_tensor_without_numbers_packs,
-        {"(0, -n % blocksize)": "(0, blocksize - n % blocksize)"},
+        {"(0, -n % size)": "(0, size - n % size)"},
+    ),
+    "a short tensor is filled up to a block": (
+        test_a_block_is_no_longer_than_the_tensor,
+        {SIZE: "n, size = x.numel(), blocksize"},
+    ),
+    "a short tensor is unpacked as a whole block": (
+        test_a_block_is_no_longer_than_the_tensor,
+        {CAP: "blocksize"},
     ),
     "eps is inside the root": (
         TEXTBOOK,
@@ -1082,19 +1231,22 @@ MUTATIONS = {
         TEXTBOOK,
         {ROOT: 'root = v.sqrt().add_(group["eps"]) / math.sqrt(1 - beta2**t)'},
     ),
-    "the betas are swapped": (TEXTBOOK, {"beta1, beta2 =": "beta2, beta1 ="}),
+    "the betas are swapped": (TEXTBOOK, {"(beta1, beta2) =": "(beta2, beta1) ="}),
     "v takes the gradient's size": (
         TEXTBOOK,
         {"addcmul_(g, g,": "addcmul_(g.sign(), g,"},
     ),
     "a step uses what it has packed": (
         test_the_first_step_of_8_bits_is_the_textbooks_too,
-        {ROOT: f"m = dequantize(*quantize(m, one, size), one, size)\n        {ROOT}"},
+        {
+            ROOT: "m = dequantize(*quantize(m, SIGNED, size), SIGNED, size)"
+            f"\n        {ROOT}"
+        },
     ),
     "m's bias is not corrected": (FIRST, {"-lr / (1 - beta1**t)": "-lr"}),
     "v's bias is not corrected": (FIRST, {" / math.sqrt(1 - beta2**t)": ""}),
     "a step goes uphill": (FIRST, {"value=-lr": "value=lr"}),
-    "the step does not count on": (EVEN, {KEEP: "state.update(step=0, m=m, v=v)"}),
+    "the step does not count on": (EVEN, {KEEP: KEEP.replace("step=t", "step=0")}),
     "the states are packed once and never again": (
         EVEN,
         {
@@ -1115,18 +1267,24 @@ MUTATIONS = {
     "4,096 weights are small": (SMALL, {BIG: BIG.replace(">=", ">")}),
     "m is on the unsigned map": (
         HALF,
-        {TABLES: TABLES.replace("SIGNED", "UNSIGNED", 1)},
+        {"quantize(m, SIGNED, size)": "quantize(m, UNSIGNED, size)"},
     ),
-    "v is on the signed map": (HALF, {TABLES: TABLES.replace("UNSIGNED", "SIGNED")}),
+    "v is on the signed map": (
+        HALF,
+        {
+            "quantize(v, UNSIGNED, size)": "quantize(v, SIGNED, size)",
+            'state["v_absmax"], UNSIGNED': 'state["v_absmax"], SIGNED',
+        },
+    ),
     "v's root is packed": (
         HALF,
-        {"quantize(v, two, size)": "quantize(v.sqrt(), two, size)"},
+        {"quantize(v, UNSIGNED, size)": "quantize(v.sqrt(), UNSIGNED, size)"},
     ),
     "m is packed under v's absmax": (
         SECOND,
         {'dequantize(m, state["m_absmax"]': 'dequantize(m, state["v_absmax"]'},
     ),
-    "each step begins anew": (SECOND, {"if not state:": "if True:"}),
+    "each step begins anew": (SECOND, {BEGIN: BEGIN.replace("if state", "if {}")}),
     "v is rounded to zero": (LOST, {FLOOR: "pass"}),
     "no v is zero": (LOST, {FLOOR: 'state["v"].clamp_(min=1)'}),
     "weight decay is in the gradient": (
@@ -1158,7 +1316,7 @@ MUTATIONS = {
     ),
     "the closure runs without gradients": (
         CLOSURE,
-        {"with torch.enable_grad():": "if True:"},
+        {"torch.enable_grad()(closure)()": "closure()"},
     ),
     "the closure's loss is lost": (CLOSURE, {"        return loss\n": ""}),
     "16-bit weights are counted in 16 bits": (
@@ -1180,7 +1338,7 @@ MUTATIONS = {
     "loading shares the tensors": (ROUND, {", copy=True": ""}),
     "loading forgets the step": (
         ROUND,
-        {'x if k == "step"': '0 if k == "step"'},
+        {"return state | new": "return state | new | dict(step=0)"},
     ),
     "a setting is kept where a copy loses it": (
         test_a_deep_copy_goes_the_same_way,
@@ -1205,15 +1363,42 @@ MUTATIONS = {
     "float64 is not refused": (REFUSED, {" or p.dtype == torch.float64": ""}),
     "another model's state is loaded": (
         FOREIGN,
-        {"if state and getattr": "if False and getattr"},
+        {"if state and not (": "if False and not ("},
     ),
     "the groups are loaded before the look at the states": (
         FOREIGN,
         {
             f"        {LOAD}  # it compares the lengths\n": "",
-            "        saved = state_dict": f"        {LOAD}\n        saved = state_dict",
+            "        try:\n": f"        {LOAD}\n        try:\n",
         },
     ),
+    "saved settings are not looked at": (
+        WHOLE,
+        {"                _check(group)\n": ""},
+    ),
+    "saved states are not looked at": (
+        WHOLE,
+        {"if state and not (": "if False and not ("},
+    ),
+    "only shapes are looked at": (
+        WHOLE,
+        {
+            "for k, x in new.items() if x": "for k, x in new.items() if x.float()",
+            "found = {k: (x.dtype, x.shape)": "found = {k: (want(k), x.shape)",
+            "    wide =": "    want = lambda k: torch.float32 if 'abs' in k or"
+            ' "m_absmax" not in state else torch.uint8\n    wide =',
+        },
+    ),
+    "the step is not looked at": (WHOLE, {" and type(t) is int and 0 < t < 2**53": ""}),
+    "NaN is loaded": (WHOLE, {" if x.isfinite().all()}": "}"}),
+    "a lost key raises what it raises": (
+        WHOLE,
+        {"except (AttributeError, KeyError, TypeError):": "except ZeroDivisionError:"},
+    ),
+    "a rate may be infinite": (LIMITS, {"MOST.get(name, 1e18)": "math.inf"}),
+    "True is a number": (LIMITS, {"type(b) is int or": "isinstance(b, int) or"}),
+    "a block may be 64.0 long": (LIMITS, {"kind = () if what": "kind = float if what"}),
+    "absmax is left behind": (LEFT, {KEEP: "state.update(step=t, m=m, v=v)"}),
     "all tensors are unpacked at once": (
         test_a_step_needs_the_memory_of_one_tensor_at_a_time,
         {READ: f'{READ}\n        self.__dict__.setdefault("held", []).append((g, w))'},
