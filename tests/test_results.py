@@ -63,6 +63,16 @@ def test_a_fresh_run_gives_the_stored_figures(chapter):
     assert not off, f"fresh, stored, tolerance: {off}"
 
 
+def test_packing_keeps_up_with_bitsandbytes():
+    """As stored by `make bench`: seconds, ours over theirs."""
+    figures = results.load("bench_quantization")["figures"]
+    ratios = {k: f["value"] for k, f in figures.items() if not k.endswith("rate")}
+    packing = {k: v for k, v in ratios.items() if k.startswith("quantize")}
+    assert len(packing) == 6 and max(packing.values()) <= 1, packing
+    unpacking = [ratios[f"dequantize, {k}, new"] for k in ("float32", "bfloat16")]
+    assert max(unpacking) <= 2, "half of the library's throughput in a young process"
+
+
 def test_a_wrong_figure_is_found(monkeypatch):
     kept = dict(share=0.974, count=77824.0, drop=-0.035)
     stored = {"figures": {k: dict(value=v) for k, v in kept.items()}}

@@ -1,0 +1,226 @@
+"""What packing costs, ours beside bitsandbytes', turn by turn in one run: `make bench`.
+
+Quantizing and unpacking 16.8 million weights, the forward pass of packed linears, a
+QLoRA step beside peft's and an 8-bit Adam step. Ratios of seconds, ours over theirs,
+the median of three repeats. Wants a quiet machine; five minutes on two cores."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import bitsandbytes
+import peft
+import torch
+from bitsandbytes import functional
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
+
+from experiments.bench import ALL, RATE, REPEATS, TASK, llama, optimizer, spread, step
+from peftlab import adam8bit, int8, nf4, qlora
+from peftlab.kit import measure, results
+from tools.figures import refresh_pages
+
+SIDE = 4096  # of the weight that is packed: 16.8 million
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Whether the memory of an answer of 32 or 64 MB comes from the system each time, as in
+# a young process, or is used again: to get it takes longer than to unpack into it.
+MEMORY = {
+    "new": {},
+    "kept": dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**34)),
+}
+WIDTHS = {512: 8, 1024: 4}  # of the Llama that takes QLoRA steps: turns
+
+
+def weight(dtype=torch.float32, rows=SIDE, columns=SIDE):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=generator).to(dtype)
+
+
+def quantizing():
+    """{what: (ours, theirs, turns)}: a weight into 4 bits."""
+    cases = {}
+    for name, dtype in TYPES.items():
+        w = weight(dtype)
+        for kind, code in (("nf4", nf4.NF4), ("fp4", nf4.FP4)):
+            cases[f"quantize {kind}, {name}"] = (
+                lambda w=w, code=code: nf4.quantize(w, code=code),
+                lambda w=w, kind=kind: functional.quantize_4bit(w, quant_type=kind),
+                5,
+            )
+    w, half = weight(), weight(torch.float16)
+    cases["quantize nf4 doubly, float32"] = (
+        lambda: nf4.quantize(w, double_quant=True),
+        lambda: functional.quantize_4bit(w, None, None, 64, True, "nf4"),
+        5,
+    )
+    cases["quantize int8 by rows, float16"] = (
+        lambda: int8.quantize(half, dim=-1),
+        lambda: functional.int8_vectorwise_quant(half),
+        5,
+    )
+    return cases
+
+
+def unpacking():
+    """Back to floats: in plain torch, and what torch.compile makes of the same function
+    when it sees the weight whole, without the loop over pieces that fit the cache."""
+    cases, fast = {}, torch.compile(nf4.dequantize)
+
+    def whole(q):
+        chunk, nf4.CHUNK = nf4.CHUNK, 2**62
+        try:
+            return fast(q)
+        finally:
+            nf4.CHUNK = chunk
+
+    for name, dtype in TYPES.items():
+        q = nf4.quantize(weight(dtype))
+        theirs = functional.quantize_4bit(weight(dtype), quant_type="nf4")
+        back = functools.partial(functional.dequantize_4bit, *theirs)
+        cases[f"dequantize, {name}"] = functools.partial(nf4.dequantize, q), back, 9
+        cases[f"dequantize compiled, {name}"] = functools.partial(whole, q), back, 9
+    return cases
+
+
+def unpacking_apart(variables):
+    """The times of `unpacking` in a process of its own, with environment variables."""
+    command = [sys.executable, "-m", "experiments.bench_quantization", "unpacking"]
+    environment = os.environ | variables
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def timed(cases):
+    """{what: {who: seconds}}, turn by turn."""
+    return {
+        name: measure.step_times(dict(ours=ours, theirs=theirs), turns, warmup=2)
+        for name, (ours, theirs, turns) in cases.items()
+    }
+
+
+def linears():
+    """Forward, and forward and backward, 512 rows through a square linear."""
+    torch.manual_seed(0)
+    base, cases = nn.Linear(2048, 2048, dtype=torch.bfloat16), {}
+    x = torch.randn(512, 2048, dtype=torch.bfloat16, requires_grad=True)
+    ours = nf4.NF4Linear(base)
+    theirs = bitsandbytes.nn.Linear4bit(
+        2048, 2048, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    theirs.load_state_dict(base.state_dict())
+    theirs = theirs.to("cpu").train()  # eval mode repacks the weight on some CPUs
+    there_and_back = lambda m: lambda: m(x).sum().backward()  # noqa: E731
+    forward = lambda m, x: lambda: m(x)  # noqa: E731
+    cases["NF4Linear forward"] = forward(ours, x), forward(theirs, x), 9
+    cases["NF4Linear both ways"] = there_and_back(ours), there_and_back(theirs), 9
+    x16 = x.detach().half()
+    x16[:, 7] *= 40  # a column above the threshold
+    theirs = bitsandbytes.nn.Linear8bitLt(
+        2048, 2048, has_fp16_weights=False, threshold=6.0
+    )
+    theirs.load_state_dict(base.half().state_dict())
+    theirs = theirs.to("cpu").eval()
+    ours = int8.Int8Linear(base.half(), threshold=6.0)
+    cases["Int8Linear forward"] = forward(ours, x16), forward(theirs, x16), 9
+    return cases
+
+
+def qlora_steps(width):
+    """A QLoRA step of a two-layer Llama in bfloat16, doubly quantized, r=8."""
+    model = llama(width).bfloat16()
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        twin = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+        )
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=ALL, **TASK)
+    twin = peft.get_peft_model(twin.train(), config)
+    ours = qlora.add(model, ALL, r=8).train()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 1024, (8, 64))
+    return [step(m, tokens, optimizer("LoRA", "", m)) for m in (ours, twin)]
+
+
+def adam_steps():
+    """One update of 16.8 million parameters in four tensors."""
+
+    def made(kind):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(weight(rows=SIDE // 4)) for _ in range(4)]
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        return kind(parameters, lr=RATE).step
+
+    kinds = adam8bit.Adam8bit, bitsandbytes.optim.Adam8bit, torch.optim.AdamW
+    return [made(kind) for kind in kinds]
+
+
+def once():
+    """{case: {who: seconds}} of everything, and the peaks of the QLoRA steps."""
+    found, peaks = timed(quantizing()) | timed(linears()), {}
+    for memory, variables in MEMORY.items():
+        for name, times in unpacking_apart(variables).items():
+            found[f"{name}, {memory}"] = times
+    for width, turns in WIDTHS.items():
+        both = dict(zip(("ours", "theirs"), qlora_steps(width), strict=True))
+        found[f"QLoRA step, {width}"] = measure.step_times(both, turns, warmup=2)
+        peaks[str(width)] = {who: measure.peak_memory(s) for who, s in both.items()}
+    three = dict(zip(("ours", "theirs", "torch"), adam_steps(), strict=True))
+    found["Adam8bit step"] = measure.step_times(three, 5, warmup=2)
+    return dict(seconds=found, peak=peaks)
+
+
+def derive(repeats):
+    """Ratios of ours to theirs, and our millions of weights a second."""
+    figures = {}
+    for name in repeats[0]["seconds"]:
+        times = [r["seconds"][name] for r in repeats]
+        figures[name] = spread([t["ours"] / t["theirs"] for t in times], 0.1)
+        if "quantize" in name:
+            rate = [SIDE**2 / t["ours"] / 1e6 for t in times]
+            figures[f"{name}, rate"] = spread(rate, max(rate))
+    times = [r["seconds"]["Adam8bit step"] for r in repeats]
+    figures["Adam8bit step, AdamW"] = spread([t["ours"] / t["torch"] for t in times], 1)
+    for width in repeats[0]["peak"]:
+        peaks = [r["peak"][width]["ours"] / r["peak"][width]["theirs"] for r in repeats]
+        figures[f"QLoRA peak, {width}"] = spread(peaks, 0.1)
+    return figures
+
+
+def main():
+    # Within `make results` the sweeps before this one have set it to one.
+    torch.set_num_threads(os.cpu_count())
+    if sys.argv[1:] == ["unpacking"]:
+        print(json.dumps(timed(unpacking())))
+        return
+    logging.disable_progress_bar()
+    repeats = [once() for _ in tqdm(range(REPEATS), desc="quantization")]
+    figures = derive(repeats)
+    results.save(
+        "bench_quantization",
+        dict(
+            machine=measure.machine(),
+            repeats=repeats,
+            figures=figures,
+        ),
+    )
+    refresh_pages()
+    for key, f in figures.items():
+        print(f"{key}: {f['value']:.3f} ({f['lowest']:.3f} to {f['highest']:.3f})")
+
+
+if __name__ == "__main__":
+    main()
