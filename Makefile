@@ -70,7 +70,7 @@ student: $(SETUP)  ## write the student and instructor sheets into _build
 models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
-results: $(SETUP)  ## run the long sweeps again (two hours)
+results: $(SETUP)  ## run the long sweeps again (three hours)
 	$(BIN)/python -m experiments.run
 
 bench: $(SETUP)  ## time everything beside peft and bitsandbytes (half an hour, quiet machine)

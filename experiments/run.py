@@ -1,4 +1,4 @@
-"""All long sweeps, one after the other: `make results` (two hours on two cores)."""
+"""All long sweeps, one after the other: `make results` (three hours on two cores)."""
 
 from experiments import (
     adam8bit,
