@@ -48,7 +48,7 @@ NF4, DYNAMIC = normal_float(), dynamic_map()
 FP4 = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3], **CPU) / 12
 FP4 = torch.cat([FP4, 0 - FP4])  # zero comes twice, as in the library not as -0
 INT4 = torch.tensor([*range(-7, 1), *range(8)], **CPU) / 7  # evenly spaced
-CHUNK, TINY = 2**18, 1e-38  # so many weights at a time stay in a processor's cache
+CHUNK, TINY = 2**19, 1e-38  # so many weights at a time stay in a processor's cache
 
 
 @dataclass
