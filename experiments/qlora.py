@@ -11,7 +11,7 @@ import copy
 import torch
 
 from experiments.common import BASES, records, store, sweep
-from peftlab import lora, nf4, qlora
+from peftlab import int8, lora, nf4, qlora
 from peftlab.kit import measure, plot, results, zoo
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
@@ -108,13 +108,6 @@ def weights(model, change=True):
     return torch.cat([w.flatten() for w in rows])
 
 
-def int8(w):
-    """Blocks of 64 again, 255 levels: what twice the bits would give."""
-    rows = w.reshape(-1, 64)
-    step = rows.abs().amax(1, keepdim=True) / 127
-    return ((rows / step).round() * step).view(w.shape)
-
-
 def rounding():
     """{key: number}: bits a weight from real bytes, and RMS errors over the RMS of the
     weights, of tiny-decoder's linears and of normal numbers."""
@@ -132,7 +125,8 @@ def rounding():
                 back = [nf4.dequantize(nf4.quantize(w, 64, code, twice)) for w in some]
                 found[f"{name}.{kind}.{key}"] = rms(some, back)
     for key, some in sets.items():
-        found[f"int8.rms.{key}"] = rms(some, [int8(w) for w in some])
+        back = [int8.dequantize(int8.quantize(w, blocksize=64)) for w in some]
+        found[f"int8.rms.{key}"] = rms(some, back)
     return found
 
 

@@ -610,7 +610,8 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         raise ValueError(
             f"{path}: the absmax must be in blocks of 256 where it is packed"
         )
-    if not torch.equal(found.pop(".nested_quant_map", nf4.DYNAMIC).cpu(), nf4.DYNAMIC):
+    values = found.pop(".nested_quant_map", None) if nested else nf4.DYNAMIC
+    if values is None or not torch.equal(values.float().cpu(), nf4.DYNAMIC):
         raise ValueError(f"{path}: the absmax are in another type than the dynamic one")
     codes = found.pop("", torch.empty(0)).contiguous().view(-1).view(torch.uint8)
     own = {"codes": codes.view(-1, 1), "offset": offset}
