@@ -67,23 +67,14 @@ def quantizing():
 
 
 def unpacking():
-    """Back to floats: in plain torch, and what torch.compile makes of the same function
-    when it sees the weight whole, without the loop over pieces that fit the cache."""
+    """Back to floats: in plain torch, and what torch.compile makes of the function."""
     cases, fast = {}, torch.compile(nf4.dequantize)
-
-    def whole(q):
-        chunk, nf4.CHUNK = nf4.CHUNK, 2**62
-        try:
-            return fast(q)
-        finally:
-            nf4.CHUNK = chunk
-
     for name, dtype in TYPES.items():
         q = nf4.quantize(weight(dtype))
         theirs = functional.quantize_4bit(weight(dtype), quant_type="nf4")
         back = functools.partial(functional.dequantize_4bit, *theirs)
         cases[f"dequantize, {name}"] = functools.partial(nf4.dequantize, q), back, 9
-        cases[f"dequantize compiled, {name}"] = functools.partial(whole, q), back, 9
+        cases[f"dequantize compiled, {name}"] = functools.partial(fast, q), back, 9
     return cases
 
 

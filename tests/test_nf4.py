@@ -1122,6 +1122,20 @@ def test_reading_the_weight_unpacks_it_anew_and_marks_it(nf4):
         assert same(nf4.dequantize(layer), kept), "a layer is a packed weight too"
 
 
+def test_a_compiled_dequantize_agrees_to_the_bit(nf4):
+    """It goes another way there. Odd sizes, a partial block and all dtypes."""
+    for shape, *how, dtype in (
+        ((130, 64), 64, nf4.NF4, True, torch.float32),
+        ((5, 77), 64, nf4.FP4, False, torch.bfloat16),
+        ((3, 5, 7), 32, nf4.INT4, True, torch.float16),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(nf4.dequantize, backend="aot_eager", fullgraph=True)
+        q = nf4.quantize(randn(*shape).to(dtype), *how)
+        for other in (None, torch.float32, torch.bfloat16):
+            assert same(compiled(q, other), nf4.dequantize(q, other))
+
+
 def test_a_compiled_layer_agrees(nf4):
     """Traced whole, forward and backward; no C++ compiler is needed for that."""
     torch._dynamo.reset()
@@ -1311,28 +1325,29 @@ else:
 
 # Broken copies, for tests/test_mutations.py
 
-HELD = "codes = codes.view(-1, 1)["
+HELD = "[: (n + 1) // 2, None]"
 QUANTILES = "up, down = torch.special.ndtri(up), -torch.special.ndtri(down)"
 ENDS = "0.9677083, 0.5, n, **CPU"
 FP4 = "FP4 = torch.cat([FP4, 0 - FP4])"
 INT4 = "[*range(-7, 1), *range(8)]"
-ABSMAX = "torch.linalg.vector_norm(rows, torch.inf, 1, dtype=torch.float32)"
-ROWS = "F.pad(weight.reshape(-1), (0, -n % blocksize)).view(-1, blocksize)"
-CLAMP = "absmax[i : i + step, None].clamp(TINY)"
-TIMES = "rows[i : i + step] * (1 / c)"
-LAST = "absmax[-1], x[-1] = c[-1], rows[-1] / c[-1]"
-PACK = "near[:, ::2] << 4 | near[:, 1::2]"
+ABSMAX = "torch.linalg.vector_norm(rows, torch.inf, 1)"
+FLOATS = ".view(-1, size).float()"
+SCALE = "(1 / absmax.clamp(TINY))[:, None]"
+TIMES = f"y = rows * {SCALE}"
+LAST = "y[-1] = rows[-1] / absmax[-1].clamp_(TINY)"
+PACK = "near[::2] << 4 | near[1::2]"
 MENDED = "or not (whole.is_meta or whole.isfinite().all())"
-MEAN = "q.offset = q.absmax.mean()"
-MIDDLE = "(DYNAMIC[1:] + DYNAMIC[:-1]) / 2"
+MEAN = "offset, nested = absmax.mean() if double_quant"
+NESTING = "near, nested = _nearest(absmax - offset, 256, DYNAMIC)"
+MIDDLE = "(levels[1:] + levels[:-1]) / 2"
+ORDER = "order.to(x.device, torch.uint8).take(near.long())"
 NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
-TABLE = "[table.repeat_interleave(16), table.repeat(16)]"
-TWO = "torch.cat([low, low.transpose(0, 1)], 2)"
+TABLE = "pairs = torch.cartesian_prod(q.code, q.code)"
 THERE = "return x @ dequantize(layer, x.dtype).T"
 BACK = "grad.to(ctx.dtype) @ dequantize(ctx.layer, ctx.dtype), None"
 APPLY = "y = _Multiply.apply(x.to(self.compute_dtype or x.dtype), self)"
 CAST = "self._buffers |= {k: kept[k].to(self.codes.device) for k in cast}"
-KEPT = '"codes", "absmax", "code", "nested_absmax", "offset"'
+CODE = 'q.register_buffer("code", code.to('
 VALUES = test_the_values_are_the_librarys_to_the_bit
 STEPS = test_the_steps_between_nf4_values_are_equally_likely
 DEFAULTS = test_the_values_heed_no_default
@@ -1347,6 +1362,7 @@ LARGE = test_blocks_do_not_heed_each_other_in_a_large_tensor
 REFUSED = test_nan_and_infinity_are_refused
 NEAREST = test_double_quantization_takes_the_nearest_dynamic_value
 EQUAL = test_equal_absmax_leave_nothing_to_divide_by
+BYTES = "sum(t.nbytes for t in self.buffers() if t is not self.code)"
 WEIGHED = test_a_weight_takes_4_bits_and_its_share_of_an_absmax
 PRODUCT = test_a_layer_multiplies_by_the_dequantized_weight
 COMPUTE = test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs
@@ -1354,6 +1370,7 @@ GONE = test_no_unpacked_weight_outlives_a_product
 CASTS = test_a_cast_of_the_model_rounds_no_absmax
 META = test_a_layer_goes_to_the_meta_device_and_back
 WHOLE = test_the_buffers_are_the_whole_of_a_weight
+COMPILED = test_a_compiled_dequantize_agrees_to_the_bit
 READ = test_reading_the_weight_unpacks_it_anew_and_marks_it
 
 # {what is broken: (the law that goes red, {text: text in its place})}
@@ -1397,101 +1414,94 @@ MUTATIONS = {
         VALUES,
         {"torch.arange(2, **CPU)": "torch.tensor([0, -1])"},
     ),
-    "FP4's order is ignored": (SAME, {"if code is not NF4:": "if False:"}),
-    "absmax is max": (SAME, {ABSMAX: "rows.float().amax(1)"}),
-    "absmax is in the weight's dtype": (SAME, {", dtype=torch.float32)": ")"}),
+    "FP4's order is ignored": (SAME, {ORDER: "near"}),
+    "absmax is max": (SAME, {ABSMAX: "rows.amax(1)"}),
+    "absmax is in the weight's dtype": (SAME, {FLOATS: ".view(-1, size)"}),
     "the padding counts": (
         SAME,
-        {"(0, -n % blocksize)).view": "(0, -n % blocksize), value=9.0).view"},
+        {"(0, -len(x) % size)).view": "(0, -len(x) % size), value=9.0).view"},
     ),
-    "the low half comes first": (HALVES, {PACK: "near[:, ::2] | near[:, 1::2] << 4"}),
+    "the low half comes first": (HALVES, {PACK: "near[::2] | near[1::2] << 4"}),
     "the padding is code 0": (
         HALVES,
         {
-            HELD: f"codes.view(-1)[n // 2 :] &= 240\n    {HELD}",
+            HELD: f"{HELD}\n    codes.view(-1)[n // 2 :] &= 240",
         },
     ),
-    "a tie goes to the upper": (TIES, {"near += x > bound": "near += x >= bound"}),
-    "full blocks divide": (ROUNDING, {TIMES: "rows[i : i + step] / c"}),
-    "the partial block multiplies": (ROUNDING, {LAST: "absmax[-1] = c[-1]"}),
+    "a tie goes to the upper": (TIES, {"near += y > bound": "near += y >= bound"}),
+    "full blocks divide": (ROUNDING, {TIMES: "y = rows / absmax.clamp(TINY)[:, None]"}),
+    "the partial block multiplies": (ROUNDING, {LAST: "absmax[-1].clamp_(TINY)"}),
     "every last block divides": (
         ROUNDING,
-        {"if n % blocksize and i + step": "if i + step"},
+        {"if len(x) % size:": "if len(x):"},
     ),
     "blocks run over columns": (ALONG, {"weight.reshape(-1)": "weight.mT.reshape(-1)"}),
     "blocks run as the memory does": (
         ALONG,
         {
-            "weight.reshape(-1)": "weight.reshape(-1) if weight.dim() != 2 or"
-            " weight.stride(0) > 1 else weight.T.reshape(-1)"
+            "weight.reshape(-1)": "(weight if weight.dim() != 2 or"
+            " weight.stride(0) > 1 else weight.T).reshape(-1)"
         },
     ),
     "a tensor comes back flat": (LEFT, {".view(q.shape)": ""}),
     "a tensor comes back in float32": (LEFT, {"dtype=dtype or q.dtype": "dtype=dtype"}),
     "a packed weight shares NF4's table": (LEFT, {", copy=True)": ")"}),
-    "a block of zeros gives NaN": (ZEROS, {CLAMP: "absmax[i : i + step, None]"}),
+    "a block of zeros gives NaN": (ZEROS, {SCALE: "(1 / absmax)[:, None]"}),
     "the floor of a partial block is dropped": (
         ZEROS,
-        {LAST: "x[-1] = rows[-1] / c[-1]"},
+        {LAST: "y[-1] = rows[-1] / absmax[-1].clamp(TINY)"},
     ),
-    "only the first piece is packed": (
+    "only the first piece is unpacked": (
         LARGE,
-        {"range(0, len(rows), step :=": "range(0, 1, step :="},
+        {"range(0, n, step)": "range(0, 1, step)"},
     ),
     "absmax is always that of the first piece": (
         LARGE,
-        {"x.mul_(absmax[i : i + step, None])": "x.mul_(absmax[: len(x), None])"},
-    ),
-    "the high byte of two comes first": (
-        LARGE,
-        {TWO: "torch.cat([low.transpose(0, 1), low], 2)"},
+        {"absmax[at], out=out[at]": "absmax[: len(x)], out=out[at]"},
     ),
     "the high half of a byte comes last": (
         SAME,
-        {TABLE: "[table.repeat(16), table.repeat_interleave(16)]"},
+        {TABLE: f"{TABLE}.flip(1).contiguous()"},
     ),
     "NaN goes through": (REFUSED, {MENDED: "or (absmax == torch.inf).any()"}),
     "infinity goes through": (REFUSED, {MENDED: "or absmax.isnan().any()"}),
     "only the first block is looked at": (
         REFUSED,
-        {"double_quant else absmax ": "double_quant else absmax[:1] "},
+        {"whole = absmax if": "whole = absmax[:1] if"},
     ),
     "the offset is forgotten": (NEAREST, {NESTED: NESTED[: -len(" + q.offset")]}),
-    "there is no offset": (NEAREST, {MEAN: "q.offset = torch.tensor(0.0)"}),
-    "the offset is the largest": (NEAREST, {MEAN: "q.offset = q.absmax.max()"}),
+    "there is no offset": (
+        NEAREST,
+        {MEAN: "offset, nested = torch.tensor(0.0) if double_quant"},
+    ),
+    "the offset is the largest": (
+        NEAREST,
+        {MEAN: "offset, nested = absmax.max() if double_quant"},
+    ),
     "nested blocks are of 64": (
         NEAREST,
         {
-            "% 256)).view(-1, 256)": "% 64)).view(-1, 64)",
+            "offset, 256, DYNAMIC": "offset, 64, DYNAMIC",
             "interleave(256)": "interleave(64)",
         },
     ),
-    "absmax go to the value below": (NEAREST, {MIDDLE: "DYNAMIC[1:]"}),
-    "absmax go to the value above": (NEAREST, {MIDDLE: "DYNAMIC[:-1]"}),
-    "an absmax's sign is lost": (NEAREST, {"rows * (1 /": "rows.abs() * (1 /"}),
+    "absmax go to the value below": (NEAREST, {MIDDLE: "levels[1:]"}),
+    "absmax go to the value above": (NEAREST, {MIDDLE: "levels[:-1]"}),
+    "an absmax's sign is lost": (
+        NEAREST,
+        {"_nearest(absmax - offset,": "_nearest((absmax - offset).abs(),"},
+    ),
     "the midpoints are off by a thousandth of a step": (
         test_absmax_next_to_a_midpoint_are_at_the_nearest_too,
-        {MIDDLE: f"({MIDDLE}).lerp(DYNAMIC[1:], 0.001)"},
+        {MIDDLE: f"({MIDDLE}).lerp(levels[1:], 0.001)"},
     ),
-    "equal absmax give NaN": (EQUAL, {"nested_absmax.clamp(TINY)": "nested_absmax"}),
-    "bits counts the codes alone": (
-        WEIGHED,
-        {
-            "self.codes, self.absmax, self.nested_absmax, self.offset": "self.codes,",
-        },
-    ),
+    "equal absmax give NaN": (EQUAL, {SCALE: "(1 / absmax)[:, None]"}),
+    "bits counts the codes alone": (WEIGHED, {BYTES: "self.codes.nbytes"}),
     "bits forgets the nested absmax": (
         WEIGHED,
-        {"self.absmax, self.nested_absmax, self.offset)": "self.absmax, self.offset)"},
+        {BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"},
     ),
-    "a code takes a byte": (
-        WEIGHED,
-        {
-            "torch.empty_like(rows[:, ::2], ": "torch.empty_like(rows[:, :], ",
-            f"codes[i : i + step] = {PACK}": "codes[i : i + step] = near",
-            "[: (n + 1) // 2]": "",
-        },
-    ),
+    "a code takes a byte": (WEIGHED, {PACK: "near[: (n + 1)]", HELD: "[:, None]"}),
     "a Conv1D is packed untransposed": (
         PRODUCT,
         {"weight.T if conv else weight": "weight"},
@@ -1535,7 +1545,7 @@ MUTATIONS = {
         GONE,
         {
             APPLY: "dtype = self.compute_dtype or x.dtype\n"
-            "        y = F.linear(x.to(dtype), dequantize(self, dtype))"
+            "        y = nn.functional.linear(x.to(dtype), dequantize(self, dtype))"
         },
     ),
     "the context keeps the weight": (
@@ -1563,10 +1573,7 @@ MUTATIONS = {
     "a layer on the meta device is taken for NaN": (META, {"whole.is_meta or ": ""}),
     "the code is not saved": (
         WHOLE,
-        {
-            KEPT: '"codes", "absmax", "nested_absmax", "offset"',
-            "for name in (": "self.code = q.code\n        for name in (",
-        },
+        {CODE: CODE.replace("register_buffer(", "__setattr__(")},
     ),
     "the mark is missing": (READ, {"weight.quant_state = True": "pass"}),
     "the weight is read in float32": (
@@ -1580,6 +1587,18 @@ MUTATIONS = {
     "a trace breaks": (
         test_a_compiled_layer_agrees,
         {APPLY: f"print(end='', flush=bool(x.sum() > 0))\n        {APPLY}"},
+    ),
+    "compiled, the half that is first comes last": (
+        COMPILED,
+        {"pairs[rows.int()]": "pairs.flip(1)[rows.int()]"},
+    ),
+    "compiled, every block has the first one's absmax": (
+        COMPILED,
+        {"[rows.int()] * absmax[:, None]": "[rows.int()] * absmax[:1, None]"},
+    ),
+    "compiled, a weight comes back in float32": (
+        COMPILED,
+        {"[:, None]).to(dtype or q.dtype)": "[:, None])"},
     ),
     "a LoRA gets no gradient through the layer": (
         test_gradients_of_a_lora_are_those_over_the_unpacked_weight,

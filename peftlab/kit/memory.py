@@ -175,7 +175,9 @@ def _build(config, method, dtype, **settings):
     with _one_sentence(f"no model can be built of this {type(config).__name__}"):
         model = measure._on_meta(config, dtype, None).train()
     base, add = measure.parameters(model)[1], METHODS[method]
-    return (add(model, **settings) if add else model), base
+    # Without data a weight may be packed in one piece, and to any type: it is quicker.
+    with mock.patch.multiple(nf4, CHUNK=2**62, DYNAMIC=nf4.NF4):
+        return (add(model, **settings) if add else model), base
 
 
 def _check_length(model, seq):
@@ -317,7 +319,7 @@ def _as_on(device):
             patch(functional, "dropout", swap)
         # It sums and compares; the ledger knows an answer to `all` alone.
         patch(masking_utils, "fast_all", torch.all, create=True)
-        # A weight is packed piece by piece; the second piece takes as much as any.
+        # A weight is unpacked piece by piece; the second piece takes as much as any.
         patch(nf4, "range", lambda *a: range(*a)[:2], create=True)
         yield
 
