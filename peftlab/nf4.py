@@ -41,7 +41,9 @@ CHUNK, TINY = 2**19, 1e-38  # so many weights at a time stay in a processor's ca
 
 
 class Packed(nn.Module):
-    """A weight in 4 bits, made by `quantize`. `bits()`: of one, by all the bytes."""
+    """A weight in 4 bits: `codes` (n / 2, 1) uint8, the first of two in the high half;
+    `code` (16,); `absmax` (blocks,), float32 or, doubly quantized, uint8, with
+    `nested_absmax` (blocks / 256,) and `offset` (). `bits()`: of one, by all bytes."""
 
     def bits(self):
         held = sum(t.nbytes for t in self.buffers() if t is not self.code)
@@ -80,11 +82,11 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
         absmax = near[: len(absmax)]
     q = Packed()
     q.blocksize, q.shape, q.dtype = blocksize, weight.shape, weight.dtype
-    q.register_buffer("codes", codes)  # i, (ceil(n / 2), 1) uint8, first the high half
-    q.register_buffer("absmax", absmax)  # c, (blocks,) float32, or uint8
-    q.register_buffer("code", code.to(weight.device, torch.float32, copy=True))  # (16,)
-    q.register_buffer("nested_absmax", nested)  # (ceil(blocks / 256),) float32
-    q.register_buffer("offset", offset)  # ()
+    q.register_buffer("codes", codes)
+    q.register_buffer("absmax", absmax)
+    q.register_buffer("code", code.to(weight.device, torch.float32, copy=True))
+    q.register_buffer("nested_absmax", nested)
+    q.register_buffer("offset", offset)
     return q
 
 
