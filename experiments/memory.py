@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from peftlab.kit import measure, memory, results
+from peftlab.kit import measure, memory, plot, results
 from tools.figures import refresh
 
 METHODS = ("full", "lora", "qlora")
+NAMES = dict(full="full", lora="LoRA", qlora="QLoRA")
 PARTS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
@@ -41,6 +42,12 @@ OTHERS = {
     "gpt2": ("gpt2", 256, 2),
     "t5-small": ("t5-small", 128, 4),
 }
+LINES = (
+    "T4 (16 GB)",
+    "RTX 3090 or 4090 (24 GB)",
+    "L40S (48 GB)",
+    "A100 or H100 (80 GB)",
+)
 OPTIMIZERS = ("adamw8bit", "sgd")  # on the middle size, in full
 LARGE = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 LINEARS = ["q_proj", "v_proj"]
@@ -181,6 +188,31 @@ def derive(rows, models):
     return figures
 
 
+def draw(models):
+    """A bar for each size and method, of its parts, with the cards as lines."""
+    ax = plot.axes("GB of a step, four sequences of 512 tokens", figsize=(6.4, 3.6))
+    rows = [f"{c}.{m}.4" for c in LARGE for m in METHODS]
+    rows = [k for k in rows if models[k]["total"] < 150e9]
+    names, left = (
+        [NAMES[k.split(".")[1]] + " " + k[8:11].strip(".").upper() for k in rows],
+        0,
+    )
+    for part, color in zip(PARTS[:-1], plot.COLORS.values(), strict=False):
+        width = [models[k][part] / 1e9 for k in rows]
+        ax.barh(names, width, 0.62, left, label=part, color=color)
+        left = [sum(pair) for pair in zip(width, left or [0] * len(rows), strict=True)]
+    for card in LINES:
+        name, _, size = card.rpartition(" (")
+        x = memory.CARDS[card] * memory.GiB / 1e9
+        ax.axvline(x, color=plot.INK, linestyle=":", linewidth=1.2)
+        ax.text(x, -0.75, name, rotation=40, ha="left", va="bottom", fontsize=9)
+    ax.set(xlim=(0, 160), ylim=(len(rows) - 0.4, -0.6))
+    ax.grid(False)
+    ax.legend(loc="center right", fontsize=9)
+    picture = results.FOLDER.parent / "_static" / "memory.png"
+    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+
+
 def main():
     torch.set_num_threads(1)
     rows, big, said = cells(), large(), claims()
@@ -190,6 +222,7 @@ def main():
         "memory",
         dict(machine=measure.machine(), cells=rows, models=models, figures=figures),
     )
+    draw(big)
     page = results.FOLDER.parent / "memory.md"
     if page.is_file():
         page.write_text(refresh(page.read_text("utf8")), "utf8")

@@ -191,6 +191,31 @@ def draw():
     ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
 
 
+def draw_quantiles():
+    """The normal density, cut at NF4's values: each slice above zero holds the same
+    share, and each below."""
+    ax = plot.axes("weight, in standard deviations", "density", figsize=(6.4, 2.6))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    values = nf4.NF4 * normal.icdf(torch.tensor(0.9677083))
+    x = torch.linspace(-2.6, 2.6, 600)
+    ax.plot(x, normal.log_prob(x).exp(), color=plot.INK)
+    for i, (low, high) in enumerate(zip(values, values[1:], strict=False)):
+        x = torch.linspace(low, high, 50)
+        color = plot.COLORS["LoRA" if high > 0 else "full"]
+        y = normal.log_prob(x).exp()
+        ax.fill_between(x, y, color=color, alpha=(0.25, 0.5)[i % 2], linewidth=0)
+    ax.plot(values, [-0.025] * 16, "|", color=plot.INK, ms=9, mew=1.8, clip_on=False)
+    ax.set(ylim=(-0.05, 0.42), xlim=(-2.6, 2.6), yticks=[0, 0.2, 0.4])
+    ax.grid(False)
+    above, below = (values.new_tensor(0.9677083) - 0.5) / 8, values[0]
+    below = (0.5 - normal.cdf(below)) / 7
+    for x, share_of in ((1.35, above), (-1.35, below)):
+        text = f"each slice {share_of:.1%}"
+        ax.text(x, 0.3, text, ha="left" if x > 0 else "right", fontsize=10)
+    picture = results.FOLDER.parent / "_static" / "quantiles.png"
+    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+
+
 def main():
     names = ("LoRA", *CODES)
     runs = sweep(one, [(n, seed) for n in names for seed in SEEDS], "QLoRA")
@@ -199,6 +224,7 @@ def main():
     setting = dict(steps=STEPS, batch=BATCH, lr=RATE, language="fi", **R)
     store("qlora", runs, figures=figures, frozen=before, setting=setting)
     draw()
+    draw_quantiles()
     refresh_pages()
     for key, figure in figures.items():
         print(f"{key:24} {figure['value']:.4g}")

@@ -14,8 +14,8 @@ v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \quad w \leftarrow (1 - \eta \lamb
 | a block's largest magnitude | (blocks,), float32 | `m_absmax`, `v_absmax` |
 
 Codes are the nearest (bitsandbytes' CPU has 65,536 even bins), save that v > 0 is never
-code 0: m, not squared, would outlive it, and a step be m / eps, thousands of lr. The
-map lacks -1, which shrinks by 0.7%. Not here: paged states, the stable embedding.
+code 0: m, not squared, would outlive it, and a step be m / eps, thousands of lr. With
+no -1 in the map, such an m shrinks by 0.7%. Not here: paged states, stable embedding.
 """
 
 import math
@@ -37,7 +37,7 @@ def dynamic_map(signed=True):
 
 SIGNED, UNSIGNED = dynamic_map(True), dynamic_map(False)
 LEAST = dict(lr=0, betas=0, eps=1e-30, weight_decay=0, min_8bit_size=0, blocksize=1)
-MOST = dict(betas=1 - 2**-53, min_8bit_size=math.inf, blocksize=math.inf)  # else 1e18
+MOST = dict(betas=1 - 2**-53, min_8bit_size=math.inf, blocksize=math.inf)  # or 1e18
 
 
 def quantize(x, code, blocksize=256):

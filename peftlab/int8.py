@@ -141,7 +141,7 @@ def _multiply(a, b):  # a (n, in) and b (out, in), int8 -> a b^T (n, out), exact
     # torch._int_mm is slow on other CPUs and takes few shapes on a GPU. There float32,
     # exact up to 2**24, adds 1,040 products at a time: 1,040 * 127 * 127 is just below.
     if a.is_cpu and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return torch._int_mm(a, b.T) if len(b.T) > 1 else a.int() * b.T  # wrong for one
+        return torch._int_mm(a, b.T) if len(b.T) > 1 else a.int() * b.T  # in = 1: wrong
     parts = zip(a.split(1040, 1), b.split(1040, 1), strict=True)
     return sum((p.float() @ q.float().T).int() for p, q in parts)
 

@@ -217,11 +217,12 @@ def load(model, folder):
 
 def packed_state_dict(model):
     """{name: tensor} of a base with linears in 4 bits, as bitsandbytes names them: what
-    `safetensors.torch.save_file` and transformers' 4-bit loading take (but it wants
-    T5's `wo` and Falcon's linears plain). An adapter on the model is left out, and of
-    tied weights the first alone is there. Raises ValueError for a model with no packed
-    linear, and for a type of 4 bits, a block size or a dtype that bitsandbytes does not
-    have."""
+    `safetensors.torch.save_file` and transformers' 4-bit loading take. That wants T5's
+    `wo` and Falcon's linears plain, and takes a classifier, which is plain here, for
+    packed unless its `llm_int8_skip_modules` names it. An adapter on the model is left
+    out, and of tied weights the first alone is there. Raises ValueError for a model
+    with no packed linear, and for a type of 4 bits, a block size or a dtype that
+    bitsandbytes does not have."""
     modules = dict(model.named_modules(remove_duplicate=False))
     packed = {p: m for p, m in modules.items() if isinstance(m, nf4.NF4Linear)}
     if not packed:

@@ -19,7 +19,12 @@ from common import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from peftlab import interop, lora, nf4, qlora
 from peftlab.kit import zoo
@@ -163,6 +168,34 @@ def test_transformers_loads_the_file_that_we_write(tmp_path, nested):
             assert m.weight.quant_state.nested is nested
     loaded.train()  # in eval mode some CPUs repack the weight in 16 bits
     gap = (loaded(**BATCH).logits - model.train()(**BATCH).logits).abs().max()
+    assert gap < 1e-4, f"the same file gives other logits, by {gap:.1e}"
+
+
+def test_transformers_loads_a_classifier_whose_head_is_named(tmp_path):
+    """It would take the head for packed; no class of ours packs one."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, vocab_size=64)
+    config = BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    model = qlora.add(BertForSequenceClassification(config), compute_dtype=FULL).eval()
+    assert type(model.classifier) is nn.Linear
+    tensors = interop.packed_state_dict(model)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=FULL,
+        llm_int8_skip_modules=["classifier"],
+    )
+    config.quantization_config, config.dtype = settings.to_dict(), "float32"
+    config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    kind = BertForSequenceClassification
+    loaded = kind.from_pretrained(tmp_path, device_map="cpu").train()
+    for m in loaded.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    ids = torch.arange(1, 17)[None]
+    gap = (loaded(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
     assert gap < 1e-4, f"the same file gives other logits, by {gap:.1e}"
 
 

@@ -443,7 +443,12 @@ BAD = {
     "empty rows": dict(weight=torch.empty(3, 0)),
     "blocksize=0": dict(blocksize=0),
     "blocksize=3": dict(blocksize=3),
-    "blocksize=6": dict(blocksize=6),
+    "blocksize=65": dict(blocksize=65),
+    "blocksize=2**62": dict(blocksize=2**62),
+    "blocksize=2**64": dict(blocksize=2**64),
+    "a list of weights": dict(weight=[1.0, 2.0]),
+    "an array": dict(weight=torch.ones(8).numpy()),
+    "an array of values": dict(code=LEVELS.numpy()),
     "blocksize=True": dict(blocksize=True),
     "blocksize=64.0": dict(blocksize=64.0),
     "blocksize='64'": dict(blocksize="64"),
@@ -714,7 +719,7 @@ def weights(draw, dtypes=DTYPES, bound=None):
     return torch.from_numpy(draw(arrays(np.float32, n, elements=floats))).to(dtype)
 
 
-sizes = st.sampled_from((4, 8, 12, 32, 64, 100, 4096))
+sizes = st.sampled_from((2, 6, 8, 12, 32, 64, 100, 4096))
 
 
 @each_code
@@ -1136,6 +1141,47 @@ def test_a_compiled_dequantize_agrees_to_the_bit(nf4):
             assert same(compiled(q, other), nf4.dequantize(q, other))
 
 
+def test_a_compiled_layer_keeps_no_unpacked_weight(nf4):
+    """In the graph for both ways one unpacking would do for two, if it may."""
+    torch._dynamo.reset()
+    layer, saved = nf4.NF4Linear(plain(48, 64), compute_dtype=torch.bfloat16), []
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition")
+    note = lambda t: (saved.append(t.numel()), t)[1]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        compiled(randn(3, 64).requires_grad_())
+    assert saved and max(saved) < 48 * 64, f"saved for backward, numbers each: {saved}"
+
+
+def test_the_way_back_is_through_the_buffers_of_the_way_there(nf4):
+    """Other buffers for a call, as in torch.func.functional_call, or a layer moved."""
+    one, two = (nf4.NF4Linear(plain(32, 64, seed=s), double_quant=True) for s in (0, 1))
+    x = randn(3, 64).requires_grad_()
+    y = torch.func.functional_call(one, dict(two.state_dict()), (x,))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert near(grad, two.weight.sum(0).expand(3, 64), 1e-6)
+    y, want = one(x), one.weight.sum(0)
+    one.to("meta")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert near(grad, want.expand(3, 64), 1e-6)
+
+
+def test_no_buffer_is_a_view_of_more(nf4):
+    """What is saved is the storage: it must be the bytes that `bits` counts."""
+    for n, blocksize in ((64, 64), (33 * 77, 64), (5, 4096), (1, 32)):
+        for double in (False, True):
+            q = nf4.quantize(randn(n), blocksize, double_quant=double)
+            for name, t in q.named_buffers():
+                assert t.untyped_storage().nbytes() == t.nbytes, (name, n, blocksize)
+
+
+def test_a_layer_moves_whatever_the_default_device(nf4):
+    layer = nf4.NF4Linear(plain())
+    before = layer.weight
+    with torch.device("meta"):
+        layer.to("cpu").half()
+    assert layer.dtype == torch.half and torch.equal(layer.float().weight, before)
+
+
 def test_a_compiled_layer_agrees(nf4):
     """Traced whole, forward and backward; no C++ compiler is needed for that."""
     torch._dynamo.reset()
@@ -1325,8 +1371,8 @@ else:
 
 # Broken copies, for tests/test_mutations.py
 
-HELD = "[: (n + 1) // 2, None]"
-QUANTILES = "up, down = torch.special.ndtri(up), -torch.special.ndtri(down)"
+HELD = ")[:, None], None"
+QUANTILES = "torch.special.ndtri(torch.cat([1 - down[:-1], up.flip(0)]))"
 ENDS = "0.9677083, 0.5, n, **CPU"
 FP4 = "FP4 = torch.cat([FP4, 0 - FP4])"
 INT4 = "[*range(-7, 1), *range(8)]"
@@ -1335,19 +1381,18 @@ FLOATS = ".view(-1, size).float()"
 SCALE = "(1 / absmax.clamp(TINY))[:, None]"
 TIMES = f"y = rows * {SCALE}"
 LAST = "y[-1] = rows[-1] / absmax[-1].clamp_(TINY)"
-PACK = "near[::2] << 4 | near[1::2]"
+PACK = "near[:n:2] << 4 | near[1 : n + 1 : 2]"
 MENDED = "or not (whole.is_meta or whole.isfinite().all())"
-MEAN = "offset, nested = absmax.mean() if double_quant"
-NESTING = "near, nested = _nearest(absmax - offset, 256, DYNAMIC)"
+MEAN = "whole = absmax.mean() if double_quant"
 MIDDLE = "(levels[1:] + levels[:-1]) / 2"
 ORDER = "order.to(x.device, torch.uint8).take(near.long())"
 NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
 TABLE = "pairs = torch.cartesian_prod(q.code, q.code)"
-THERE = "return x @ dequantize(layer, x.dtype).T"
-BACK = "grad.to(ctx.dtype) @ dequantize(ctx.layer, ctx.dtype), None"
-APPLY = "y = _Multiply.apply(x.to(self.compute_dtype or x.dtype), self)"
+THERE = "return x @ dequantize(q, x.dtype).T"
+BACK = "grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None"
+APPLY = "y = _Multiply.apply(y, SimpleNamespace(**vars(self), **self._buffers))"
 CAST = "self._buffers |= {k: kept[k].to(self.codes.device) for k in cast}"
-CODE = 'q.register_buffer("code", code.to('
+CODE = ", code=code, nested_absmax=nested)"
 VALUES = test_the_values_are_the_librarys_to_the_bit
 STEPS = test_the_steps_between_nf4_values_are_equally_likely
 DEFAULTS = test_the_values_heed_no_default
@@ -1378,22 +1423,19 @@ MUTATIONS = {
     "the offset has more digits": (VALUES, {"0.9677083": "0.96770833333"}),
     "the quantiles are in float32": (
         VALUES,
-        {ENDS + ")[:-1].double()": ENDS + ")[:-1]"},
+        {f"{ENDS}).double()": f"{ENDS})"},
     ),
     "the steps are in float64": (VALUES, {"n, **CPU)": "n, dtype=torch.float64)"}),
     "eight values are below zero and seven above": (STEPS, {"(9, 8)": "(8, 9)"}),
-    "zero comes twice": (
-        STEPS,
-        {"(9, 8)": "(8, 8)", "up.new_zeros(1)": "up.new_zeros(2)"},
-    ),
+    "zero comes twice": (STEPS, {"(9, 8)": "(8, 8)", "down[:-1]": "down"}),
     "NF4 is made symmetric": (
         test_nf4_does_not_turn_with_the_sign,
-        {"(9, 8)": "(8, 8)", "up.new_zeros(1)": "up.new_zeros(2)"},
+        {"(9, 8)": "(8, 8)", "down[:-1]": "down"},
     ),
     "the quantiles start at 1 - 1/32": (STEPS, {"0.9677083": "0.96875"}),
     "the values are evenly spaced": (
         STEPS,
-        {QUANTILES: "up, down = up - 0.5, 0.5 - down"},
+        {QUANTILES: "(torch.cat([1 - down[:-1], up.flip(0)]) - 0.5)"},
     ),
     "the values heed the default dtype": (
         DEFAULTS,
@@ -1421,7 +1463,10 @@ MUTATIONS = {
         SAME,
         {"(0, -len(x) % size)).view": "(0, -len(x) % size), value=9.0).view"},
     ),
-    "the low half comes first": (HALVES, {PACK: "near[::2] | near[1::2] << 4"}),
+    "the low half comes first": (
+        HALVES,
+        {PACK: "near[:n:2] | near[1 : n + 1 : 2] << 4"},
+    ),
     "the padding is code 0": (
         HALVES,
         {
@@ -1467,21 +1512,21 @@ MUTATIONS = {
     "infinity goes through": (REFUSED, {MENDED: "or absmax.isnan().any()"}),
     "only the first block is looked at": (
         REFUSED,
-        {"whole = absmax if": "whole = absmax[:1] if"},
+        {"double_quant else absmax ": "double_quant else absmax[:1] "},
     ),
     "the offset is forgotten": (NEAREST, {NESTED: NESTED[: -len(" + q.offset")]}),
     "there is no offset": (
         NEAREST,
-        {MEAN: "offset, nested = torch.tensor(0.0) if double_quant"},
+        {MEAN: "whole = torch.tensor(0.0) if double_quant"},
     ),
     "the offset is the largest": (
         NEAREST,
-        {MEAN: "offset, nested = absmax.max() if double_quant"},
+        {MEAN: "whole = absmax.max() if double_quant"},
     ),
     "nested blocks are of 64": (
         NEAREST,
         {
-            "offset, 256, DYNAMIC": "offset, 64, DYNAMIC",
+            "whole, 256, DYNAMIC": "whole, 64, DYNAMIC",
             "interleave(256)": "interleave(64)",
         },
     ),
@@ -1489,7 +1534,7 @@ MUTATIONS = {
     "absmax go to the value above": (NEAREST, {MIDDLE: "levels[:-1]"}),
     "an absmax's sign is lost": (
         NEAREST,
-        {"_nearest(absmax - offset,": "_nearest((absmax - offset).abs(),"},
+        {"_nearest(absmax - whole,": "_nearest((absmax - whole).abs(),"},
     ),
     "the midpoints are off by a thousandth of a step": (
         test_absmax_next_to_a_midpoint_are_at_the_nearest_too,
@@ -1501,7 +1546,10 @@ MUTATIONS = {
         WEIGHED,
         {BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"},
     ),
-    "a code takes a byte": (WEIGHED, {PACK: "near[: (n + 1)]", HELD: "[:, None]"}),
+    "a code takes a byte": (
+        WEIGHED,
+        {PACK: "near[: (n + 1)]", HELD: ")[:, None], None"},
+    ),
     "a Conv1D is packed untransposed": (
         PRODUCT,
         {"weight.T if conv else weight": "weight"},
@@ -1513,7 +1561,7 @@ MUTATIONS = {
     ),
     "the gradient passes W by": (
         PRODUCT,
-        {BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.layer.in_features), None"},
+        {BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.q.in_features), None"},
     ),
     "the bias is dropped": (PRODUCT, {"y if self.bias is None else": "y if True else"}),
     "a layer is never doubly quantized": (
@@ -1533,28 +1581,25 @@ MUTATIONS = {
     "the bias is a copy": (
         test_a_bias_stays_the_layers_own_frozen_or_trained,
         {
-            "q.shape, base.bias": "q.shape, copy.deepcopy(base.bias)",
+            "= base.bias, compute": "= copy.deepcopy(base.bias), compute",
             "import torch\n": "import copy\n\nimport torch\n",
         },
     ),
     "a layer is in train mode": (
         test_a_bias_stays_the_layers_own_frozen_or_trained,
-        {"compute_dtype, base.training": "compute_dtype, True"},
+        {"q.shape, base.training": "q.shape, True"},
     ),
     "autograd saves the weight": (
         GONE,
-        {
-            APPLY: "dtype = self.compute_dtype or x.dtype\n"
-            "        y = nn.functional.linear(x.to(dtype), dequantize(self, dtype))"
-        },
+        {APPLY: "y = nn.functional.linear(y, dequantize(self, y.dtype))"},
     ),
     "the context keeps the weight": (
         GONE,
-        {THERE: "ctx.w = dequantize(layer, x.dtype)\n        return x @ ctx.w.T"},
+        {THERE: "ctx.w = dequantize(q, x.dtype)\n        return x @ ctx.w.T"},
     ),
     "the layer keeps the weight": (
         GONE,
-        {THERE: "layer.w = dequantize(layer, x.dtype)\n        return x @ layer.w.T"},
+        {THERE: "q.w = dequantize(q, x.dtype)\n        return x @ q.w.T"},
     ),
     "autocast decides the answer's dtype": (
         test_autocast_rounds_as_it_does_a_plain_linear,
@@ -1563,7 +1608,7 @@ MUTATIONS = {
     "half() rounds absmax": (CASTS, {CAST: "pass"}),
     "the weight does not follow a cast": (
         CASTS,
-        {"fn(torch.empty(0, dtype=self.dtype)).dtype": "self.dtype"},
+        {'fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype': "self.dtype"},
     ),
     "half() leaves the bias": (CASTS, {"super()._apply(fn, recurse)": "pass"}),
     "a meta layer cannot be given memory": (
@@ -1573,7 +1618,7 @@ MUTATIONS = {
     "a layer on the meta device is taken for NaN": (META, {"whole.is_meta or ": ""}),
     "the code is not saved": (
         WHOLE,
-        {CODE: CODE.replace("register_buffer(", "__setattr__(")},
+        {CODE: ", nested_absmax=nested)\n    q.code = code"},
     ),
     "the mark is missing": (READ, {"weight.quant_state = True": "pass"}),
     "the weight is read in float32": (
@@ -1586,7 +1631,30 @@ MUTATIONS = {
     ),
     "a trace breaks": (
         test_a_compiled_layer_agrees,
-        {APPLY: f"print(end='', flush=bool(x.sum() > 0))\n        {APPLY}"},
+        {
+            "y = checkpoint(": "print(end='', flush=bool(x.sum() > 0))\n"
+            "            y = checkpoint("
+        },
+    ),
+    "the context holds the layer itself": (
+        test_the_way_back_is_through_the_buffers_of_the_way_there,
+        {"SimpleNamespace(**vars(self), **self._buffers)": "self"},
+    ),
+    "a compiled layer multiplies as any": (
+        test_a_compiled_layer_keeps_no_unpacked_weight,
+        {"if torch.compiler.is_compiling():  # a trace": "if False:  # a trace"},
+    ),
+    "the absmax are a view": (
+        test_no_buffer_is_a_view_of_more,
+        {"near[: len(absmax)].clone()": "near[: len(absmax)]"},
+    ),
+    "the codes are a view": (
+        test_no_buffer_is_a_view_of_more,
+        {PACK: "(near[::2] << 4 | near[1::2])[: (n + 1) // 2]"},
+    ),
+    "a cast makes tensors where the default says": (
+        test_a_layer_moves_whatever_the_default_device,
+        {', dtype=self.dtype, device="cpu")': ", dtype=self.dtype)"},
     ),
     "compiled, the half that is first comes last": (
         COMPILED,
@@ -1602,6 +1670,6 @@ MUTATIONS = {
     ),
     "a LoRA gets no gradient through the layer": (
         test_gradients_of_a_lora_are_those_over_the_unpacked_weight,
-        {BACK: "torch.zeros_like(grad) @ dequantize(ctx.layer, ctx.dtype), None"},
+        {BACK: "torch.zeros_like(grad) @ dequantize(ctx.q, ctx.dtype), None"},
     ),
 }
