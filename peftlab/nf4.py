@@ -2,11 +2,12 @@ r"""NF4 and other 4-bit types: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, se
 
 A block of 64 weights keeps its largest magnitude, the absmax $c$, and for each weight
 the index $i = \arg\min_j | w / c - \mathrm{code}_j |$ of the nearest of 16 values:
-$w \approx c\,\mathrm{code}_i$. Double quantization packs the absmax too, less their
-mean, in blocks of 256, to an 8-bit type (the library's; the paper has 8-bit floats). It
-leaves 4.127 of 4.5 bits a weight. NF4's and FP4's codes and absmax are bitsandbytes' to
-the bit, but its CPU looks 8-bit codes up in 65,536 bins; ours are the nearest. Not
-here: products without unpacking.
+$w \approx c\,\mathrm{code}_i$.
+
+Double quantization packs the absmax too, less their mean, in blocks of 256, to an 8-bit
+type (the library's; the paper has 8-bit floats). It leaves 4.127 of 4.5 bits a weight.
+NF4's and FP4's codes and absmax are those of bitsandbytes to the bit, but its CPU looks
+8-bit codes up in 65,536 bins; ours are the nearest. Not here: products of packed data.
 """
 
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ CHUNK, TINY = 2**19, 1e-38  # weights that a cache holds; the least divisor
 class Packed(nn.Module):
     """A weight in 4 bits: `codes` (n / 2, 1) uint8, the first of two in the high half;
     `code` (16,); `absmax` (blocks,), float32 or, doubly quantized, uint8, with
-    `nested_absmax` (blocks / 256,) and `offset` (). `bits()`: a weight's share."""
+    `nested_absmax` (blocks / 256,) and `offset` (). `bits()`: what a weight takes."""
 
     def bits(self):
         held = sum(t.nbytes for t in self.buffers() if t is not self.code)
