@@ -286,11 +286,17 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
         got, want = (str(getattr(d.get(name), "shape", None)) for d in (rest, own))
         if got != want and not (got == "None" and own[name].data_ptr() in tied):
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
+        if name in rest and _kind(rest[name]) != _kind(own[name]):
+            raise ValueError(f"{name}: {rest[name].dtype}, and {own[name].dtype} there")
     with torch.no_grad():
         for name, t in rest.items():
             own[name].copy_(t)
     lora._replace(model, new)
     return model
+
+
+def _kind(tensor):  # one is copied into another of its kind alone
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _insert_soft(model, name, config, found, heads, folder):
@@ -603,6 +609,8 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         ValueError,
     ) as error:
         raise ValueError(f"{state} does not describe a weight in 4 bits") from error
+    if not state.endswith(about["quant_type"]):
+        raise ValueError(f"{state} describes a weight in {about['quant_type']}")
     if shape != lora._shape(base):
         raise ValueError(
             f"{path}: its shape is {shape}, in the model {lora._shape(base)}"

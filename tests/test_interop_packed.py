@@ -264,6 +264,15 @@ BAD_FILES = {
     "half of the codes": lambda: (
         packed_twin() | {"0.weight": packed_twin()["0.weight"][:99]}
     ),
+    "a bias of integers": lambda: (
+        packed_twin() | {"0.bias": torch.ones(96, dtype=torch.int32)}
+    ),
+    "a complex bias": lambda: (
+        packed_twin() | {"0.bias": torch.ones(96, dtype=torch.complex64)}
+    ),
+    "a name of fp4 on a weight in nf4": lambda: {
+        k.replace("__nf4", "__fp4"): t for k, t in packed_twin().items()
+    },
     "a bias too long": lambda: packed_twin() | {"0.bias": torch.rand(97)},
     "no bias": lambda: {k: t for k, t in packed_twin().items() if k != "0.bias"},
     "one tensor more": lambda: packed_twin() | {"1.weight": torch.rand(3, 3)},
