@@ -55,15 +55,13 @@ class Packed(nn.Module):
 @torch.no_grad()
 def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     """Pack a tensor of any shape, of 16- or 32-bit floats, row after row; a `Packed`.
-    blocksize: weights to an absmax, even. code: 16 values from -1 to 1.
+    blocksize: weights to an absmax, even, up to CHUNK. code: 16 values from -1 to 1.
     Raises ValueError for any other of these or dtype, no weights, NaN and infinity."""
     dtype = getattr(weight, "dtype", type(weight))
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"4 bits need a float of 16 or 32 bits, not {dtype}")
     if type(blocksize) is not int or not 2 <= blocksize <= CHUNK or blocksize % 2:
-        raise ValueError(
-            f"the block size must be even, 2 to {CHUNK}, not {blocksize!r}"
-        )
+        raise ValueError(f"a block size is even, 2 to {CHUNK}, not {blocksize!r}")
     if not torch.is_tensor(code) or code.shape != (16,) or code.abs().max() != 1:
         raise ValueError("a code must be 16 values, the largest magnitude being 1")
     n, piece = weight.numel(), CHUNK // blocksize * blocksize
