@@ -9,7 +9,7 @@ from experiments.six_languages import SEEDS, one_rate
 from peftlab.kit import measure, plot, results
 from peftlab.kit.data import HELD_BACK
 from peftlab.kit.results import shares, table, where
-from tools.figures import refresh_pages
+from tools.figures import refresh_pages, save_picture
 
 RATES = {
     "attention r=12": (3e-3, 1e-2, 3e-2),
@@ -114,8 +114,7 @@ def draw():
         ax.plot(*at, "*", ms=14, color=color, label=f"{label}, a quarter of replay")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.05))
     ax.legend(loc="lower left", fontsize=9)
-    picture = results.FOLDER.parent / "_static" / "learn_forget.png"
-    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(ax.figure, "learn_forget.png")
 
 
 def main():

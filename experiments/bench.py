@@ -32,7 +32,7 @@ from peftlab import (
 )
 from peftlab.kit import data, measure, plot, results, zoo
 from peftlab.kit.train import train
-from tools.figures import refresh_pages
+from tools.figures import refresh_pages, save_picture
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEYS = ["k_proj", "v_proj"]
@@ -204,8 +204,7 @@ def draw(figures):
         ax.axvline(1, color=plot.INK, lw=1)
         ax.set(title=titles[key], yticks=range(len(names)), yticklabels=names)
     axes[0].legend(loc="lower left", fontsize=9)
-    picture = results.FOLDER.parent / "_static" / "bench.png"
-    axes[0].figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(axes[0].figure, "bench.png")
 
 
 def main():

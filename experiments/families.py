@@ -27,10 +27,10 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, plot, results, zoo
+from peftlab.kit import data, measure, plot, zoo
 from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
-from tools.figures import refresh_pages
+from tools.figures import refresh_pages, save_picture
 
 LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
 ALL, KEYS = "all-linear", ["k_proj", "v_proj"]
@@ -174,8 +174,7 @@ def draw(runs):
             ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color)
         ax.set(title=title, xlim=(-0.03, 1.03), yticks=range(len(order)))
         ax.set_yticklabels([f"{name}  {names[name]:,}" for name in order])
-    picture = results.FOLDER.parent / "_static" / "families.png"
-    axes[0].figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(axes[0].figure, "families.png")
 
 
 def main():

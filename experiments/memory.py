@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers import LlamaConfig
 
 from peftlab.kit import measure, memory, plot, results
-from tools.figures import refresh
+from tools.figures import refresh_pages, save_picture
 
 METHODS = ("full", "lora", "qlora")
 NAMES = dict(full="full", lora="LoRA", qlora="QLoRA")
+WIDEST = 160e9  # bytes of the longest bar that is drawn
 PARTS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
@@ -191,26 +192,26 @@ def derive(rows, models):
 def draw(models):
     """A bar for each size and method, of its parts, with the cards as lines."""
     ax = plot.axes("GB of a step, four sequences of 512 tokens", figsize=(6.4, 3.6))
-    rows = [f"{c}.{m}.4" for c in LARGE for m in METHODS]
-    rows = [k for k in rows if models[k]["total"] < 150e9]
-    names, left = (
-        [NAMES[k.split(".")[1]] + " " + k[8:11].strip(".").upper() for k in rows],
-        0,
-    )
+    bars = {
+        f"{NAMES[method]} {config.rpartition('-')[2].upper()}": found
+        for config in LARGE
+        for method in METHODS
+        if (found := models[f"{config}.{method}.4"])["total"] < WIDEST
+    }
+    left = torch.zeros(len(bars))
     for part, color in zip(PARTS[:-1], plot.COLORS.values(), strict=False):
-        width = [models[k][part] / 1e9 for k in rows]
-        ax.barh(names, width, 0.62, left, label=part, color=color)
-        left = [sum(pair) for pair in zip(width, left or [0] * len(rows), strict=True)]
+        width = torch.tensor([found[part] / 1e9 for found in bars.values()])
+        ax.barh([*bars], width, 0.62, left, label=part, color=color)
+        left += width
     for card in LINES:
-        name, _, size = card.rpartition(" (")
         x = memory.CARDS[card] * memory.GiB / 1e9
         ax.axvline(x, color=plot.INK, linestyle=":", linewidth=1.2)
+        name = card.partition(" (")[0]
         ax.text(x, -0.75, name, rotation=40, ha="left", va="bottom", fontsize=9)
-    ax.set(xlim=(0, 160), ylim=(len(rows) - 0.4, -0.6))
+    ax.set(xlim=(0, WIDEST / 1e9), ylim=(len(bars) - 0.4, -0.6))
     ax.grid(False)
     ax.legend(loc="center right", fontsize=9)
-    picture = results.FOLDER.parent / "_static" / "memory.png"
-    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(ax.figure, "memory.png")
 
 
 def main():
@@ -223,9 +224,7 @@ def main():
         dict(machine=measure.machine(), cells=rows, models=models, figures=figures),
     )
     draw(big)
-    page = results.FOLDER.parent / "memory.md"
-    if page.is_file():
-        page.write_text(refresh(page.read_text("utf8")), "utf8")
+    refresh_pages()
     for row in rows:
         predicted, real = row["predicted"]["total"] / 1e6, row["measured"] / 1e6
         print(f"{key(row):32} {predicted:9.1f} {real:9.1f} MB  {row['ratio']:.4f}")

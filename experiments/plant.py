@@ -17,10 +17,10 @@ import torch
 from experiments.common import BASES, records, store, sweep
 from peftlab import lora, nf4, qlora
 from peftlab.int8 import Int8Linear
-from peftlab.kit import measure, plant, plot, results, zoo
+from peftlab.kit import measure, plant, plot, zoo
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import train
-from tools.figures import refresh_pages
+from tools.figures import refresh_pages, save_picture
 
 PLANTS = {  # {name: (s, how many channels)}
     "none": (1, 0),
@@ -238,8 +238,7 @@ def draw(linears, figures):
         ax.minorticks_off()
     axes[0].set_ylabel("RMS error of NF4, relative")
     axes[0].legend(fontsize=9)
-    picture = results.FOLDER.parent / "_static" / "outliers.png"
-    axes[0].figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(axes[0].figure, "outliers.png")
 
 
 def jobs():

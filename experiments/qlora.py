@@ -12,11 +12,12 @@ import torch
 
 from experiments.common import BASES, records, store, sweep
 from peftlab import int8, lora, nf4, qlora
-from peftlab.kit import measure, plot, results, zoo
+from peftlab.kit import measure, plot, zoo
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
-from tools.figures import refresh_pages
+from tools.figures import refresh_pages, save_picture
 
+LAST = 0.9677083  # the probability below NF4's largest value, before it is made 1
 CODES = {"NF4": nf4.NF4, "FP4": nf4.FP4, "INT4": nf4.INT4}
 SEEDS, STEPS, RATE, BATCH, R = range(5), 200, 1e-2, 16, dict(r=8, alpha=16)
 # The NF4 run on its float32 model, and its A and B on a bfloat16 one: {name: bits}.
@@ -187,8 +188,7 @@ def draw():
         ax.text(-1.08, y, name, color=color, ha="right", va="center")
     ax.set(ylim=(-top * 0.7, top * 1.05), yticks=[0, 0.01, 0.02], xlim=(-1.04, 1.04))
     ax.grid(False)
-    picture = results.FOLDER.parent / "_static" / "codes.png"
-    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+    save_picture(ax.figure, "codes.png")
 
 
 def draw_quantiles():
@@ -196,7 +196,7 @@ def draw_quantiles():
     share, and each below."""
     ax = plot.axes("weight, in standard deviations", "density", figsize=(6.4, 2.6))
     normal = torch.distributions.Normal(0.0, 1.0)
-    values = nf4.NF4 * normal.icdf(torch.tensor(0.9677083))
+    values = nf4.NF4 * normal.icdf(torch.tensor(LAST))
     x = torch.linspace(-2.6, 2.6, 600)
     ax.plot(x, normal.log_prob(x).exp(), color=plot.INK)
     for i, (low, high) in enumerate(zip(values, values[1:], strict=False)):
@@ -207,13 +207,10 @@ def draw_quantiles():
     ax.plot(values, [-0.025] * 16, "|", color=plot.INK, ms=9, mew=1.8, clip_on=False)
     ax.set(ylim=(-0.05, 0.42), xlim=(-2.6, 2.6), yticks=[0, 0.2, 0.4])
     ax.grid(False)
-    above, below = (values.new_tensor(0.9677083) - 0.5) / 8, values[0]
-    below = (0.5 - normal.cdf(below)) / 7
-    for x, share_of in ((1.35, above), (-1.35, below)):
-        text = f"each slice {share_of:.1%}"
-        ax.text(x, 0.3, text, ha="left" if x > 0 else "right", fontsize=10)
-    picture = results.FOLDER.parent / "_static" / "quantiles.png"
-    ax.figure.savefig(picture, dpi=160, metadata={"Software": None})
+    shares = normal.cdf(values).diff()
+    for x, held, side in ((1.35, shares[-1], "left"), (-1.35, shares[0], "right")):
+        ax.text(x, 0.3, f"each slice {held:.1%}", ha=side, fontsize=10)
+    save_picture(ax.figure, "quantiles.png")
 
 
 def main():

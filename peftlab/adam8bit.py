@@ -54,7 +54,7 @@ def quantize(x, code, blocksize=256):
         raise ValueError("no byte stands for NaN or infinity: mend x first")
     rows = rows * (1 / absmax.clamp(min=1e-38))[:, None]  # zeros stay zeros
     codes = torch.bucketize(rows, (code[:-1] + code[1:]).to(rows) / 2, out_int32=True)
-    return codes.to(torch.uint8).flatten()[:n].view(x.shape), absmax
+    return codes.flatten()[:n].to(torch.uint8).view(x.shape), absmax
 
 
 def dequantize(codes, absmax, code, blocksize=256):

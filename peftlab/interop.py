@@ -287,7 +287,8 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
         if got != want and not (got == "None" and own[name].data_ptr() in tied):
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
         if name in rest and _kind(rest[name]) != _kind(own[name]):
-            raise ValueError(f"{name}: {rest[name].dtype}, and {own[name].dtype} there")
+            kinds = f"{rest[name].dtype} here, {own[name].dtype} in the model"
+            raise ValueError(f"{name}: its dtype is {kinds}")
     with torch.no_grad():
         for name, t in rest.items():
             own[name].copy_(t)

@@ -304,6 +304,13 @@ def test_an_even_gradient_moves_every_weight_by_lr_a_step(adam8bit):
         )
 
 
+def test_codes_are_no_view_of_the_padding(adam8bit):
+    """What is saved is the storage, and the last block is seldom whole."""
+    for n in (1, 255, 257, 4097):
+        codes, _ = adam8bit.quantize(noise(n), adam8bit.SIGNED)
+        assert codes.untyped_storage().nbytes() == codes.nbytes == n
+
+
 def test_the_states_are_bytes_and_one_number_a_block(adam8bit):
     for shape, blocksize in (((64, 64), 256), ((97, 61), 256), ((64, 128), 64)):
         w = parameter(*shape)
@@ -1165,6 +1172,10 @@ LEFT = test_a_group_that_leaves_8_bits_can_be_saved
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
+    "the codes are a view": (
+        test_codes_are_no_view_of_the_padding,
+        {"flatten()[:n].to(torch.uint8)": "to(torch.uint8).flatten()[:n]"},
+    ),
     "every decade has as many values": (DECADES, {"(e + 1 - signed)": "(7 - signed)"}),
     "values are the ends of the parts": (DECADES, {"(x[:-1] + x[1:]) / 2": "x[1:]"}),
     "the bit of the sign is wasted": (DECADES, {"(e + 1 - signed)": "e"}),

@@ -54,6 +54,12 @@ def refresh_pages():
         path.write_text(refresh(path.read_text("utf8")), "utf8")
 
 
+def save_picture(figure, name):
+    """Write a matplotlib figure as a picture of the book, the same bytes each time."""
+    path = results.FOLDER.parent / "_static" / name
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
 def stale(text, chapter=None):
     """The bound figures that differ from what is stored, as (written, stored, key)."""
     return [
