@@ -27,11 +27,13 @@ from tools.figures import refresh_pages
 
 SIDE = 4096  # of the weight that is packed: 16.8 million
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Whether the memory of an answer of 32 or 64 MB comes from the system each time, as in
-# a young process, or is used again: to get it takes longer than to unpack into it.
+# Whether the memory of an answer of 32 or 64 MB comes from the system each time or is
+# used again: to get it takes longer than to unpack into it. Left alone, malloc gets 64
+# MB anew, and 32 MB, where its limit lies, in some processes and not in others.
+KEEP = dict(MALLOC_TRIM_THRESHOLD_=str(2**34))  # what lies below the limit
 MEMORY = {
-    "new": {},
-    "kept": dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**34)),
+    "new": KEEP | dict(MALLOC_MMAP_THRESHOLD_=str(2**24)),
+    "kept": KEEP | dict(MALLOC_MMAP_MAX_="0"),
 }
 WIDTHS = {512: 8, 1024: 4}  # of the Llama that takes QLoRA steps: turns
 
