@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import bitsandbytes
 import pytest
@@ -100,12 +101,23 @@ def spread(q):
 @contextmanager
 def another_cpu():
     """As on a processor without AVX512; test_an_older_processor has a real one."""
-    ask = torch.backends.cpu.get_cpu_capability
-    torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
-    try:
+    with patch.object(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"):
         yield
-    finally:
-        torch.backends.cpu.get_cpu_capability = ask
+
+
+@contextmanager
+def avx512():
+    """As on one with it, where `torch._int_mm` is wrong for a single input."""
+    right = torch._int_mm
+
+    def product(a, b):
+        return right(a, b) if len(b) > 1 else right(a, b).zero_()
+
+    with (
+        patch.object(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512"),
+        patch.object(torch, "_int_mm", product),
+    ):
+        yield
 
 
 # The laws of absmax
@@ -321,7 +333,7 @@ def test_the_integer_product_is_exact_for_any_shape(int8):
         if n_in > 1000:  # large products, so that sums pass 2**24, odd ones too
             a, b = a.abs().clamp(min=100), b.abs().clamp(min=100)
         want = a.long() @ b.long().T
-        for where in (nullcontext, another_cpu):
+        for where in (nullcontext, another_cpu, avx512):
             with where():
                 got = int8._multiply(a, b)
             assert got.dtype == torch.int32 and torch.equal(got.long(), want), (
