@@ -7,6 +7,7 @@ broken copies of qlora.py. Messages name the mistake that gives the symptom.
 import contextlib
 import copy
 import math
+import re
 import weakref
 
 import peft
@@ -634,7 +635,7 @@ def test_nan_in_any_linear_is_refused_and_in_the_head_is_nobodys_business(path):
     model = single()
     model.get_submodule(path).weight.data[0, 0] = math.nan
     kinds = [(n, type(m)) for n, m in model.named_modules()]
-    with pytest.raises(ValueError, match="NaN") as error:
+    with pytest.raises(ValueError, match=f"{re.escape(path)}: .* NaN") as error:
         reference.add(model, ["q_proj"])
     assert_one_sentence(error)
     assert kinds == [(n, type(m)) for n, m in model.named_modules()]
@@ -1294,7 +1295,7 @@ SETTINGS = "settings = blocksize, double_quant, compute_dtype, code"
 VERBS = "load_state_dict = lora.state_dict, lora.load_state_dict  # of A and B"
 END = "    lora._replace(model, new)\n    return model.requires_grad_(False)"
 BITS = "if bits not in (4, 16):"
-SWAPPED = "packed = {m: nf4.NF4Linear(m, *settings) for m in linears}"
+SWAPPED = "packed, paths = {}, {m: path for path, m in model.named_modules()}"
 WHOLE = test_every_linear_but_the_head_is_packed_whatever_the_targets
 DEFAULTS = test_the_defaults_are_the_papers
 PACKING = test_the_packing_is_nf4s_own
@@ -1545,9 +1546,8 @@ MUTATIONS = {
     "a weight that cannot be packed stays as it is": (
         REFUSED,
         {
-            SWAPPED: "packed = {}\n    for m in linears:\n        try:\n"
-            "            packed[m] = nf4.NF4Linear(m, *settings)\n"
-            "        except ValueError:\n            pass"
+            'raise ValueError(f"{paths[m]}: {error}") from None': "pass",
+            "as error": "",
         },
     ),
     "fused experts are passed over": (
