@@ -65,6 +65,18 @@ T5 = T5Config(
 FALCON = FalconConfig(
     vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_attention_heads=8
 )
+# Little but the activations, the widest of them in the middle of a block.
+BERT = BertConfig(
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    vocab_size=500,
+    hidden_dropout_prob=0,
+    attention_probs_dropout_prob=0,
+)
+WIDE = llama(128, 2, 2, 2, 200)
+WIDE.intermediate_size = 8 * 128
 
 
 # Against real steps
@@ -108,6 +120,13 @@ def test_the_stored_cells_are_three_methods_at_three_sizes_twice_and_others():
         (llama(), dict(method="lora", seq=192, batch=4, dtype="float32", r=64)),
         (gpt2(), dict(method="full", seq=128, batch=4)),
         (gpt2(0.0), dict(method="qlora", seq=256, batch=4)),
+        (BERT, dict(method="lora", seq=120, batch=16, dtype="float32")),
+        (
+            BERT,
+            dict(method="lora", seq=96, batch=8, checkpointing=True, r=4),
+        ),
+        (WIDE, dict(method="lora", seq=300, batch=1, checkpointing=True)),
+        (WIDE, dict(method="qlora", seq=200, batch=2)),
         (T5, dict(method="lora", seq=128, batch=4)),
         (FALCON, dict(method="full", seq=256, batch=4)),
         (
@@ -166,7 +185,7 @@ def test_the_ledger_knows_what_the_profiler_knows():
 
     peak = measure.peak_memory(work)
     model.zero_grad()
-    with memory.Ledger() as ledger:
+    with memory.Ledger("cpu") as ledger:
         ledger.enter([x, *model.parameters()])
         held = ledger.live
         work()
@@ -499,6 +518,7 @@ BAD = {
         dict(config=GPT2Config(n_embd=128, n_head=3), method="full"),
         "divisible",
     ),
+    "heads that cannot share": (dict(config=llama(heads=4, kv_heads=3)), "share 3"),
     "a model that looks at its data": (
         dict(config=XLNetConfig(n_layer=1, d_model=32, n_head=2), method="full"),
         "XLNetLMHeadModel does not run without data",
@@ -523,7 +543,7 @@ FILES = {
     "it has no model_type": "[]",
     "has no model_type": '{"hidden_size": 8}',
     r"needs code of its own \(auto_map\)": '{"model_type": "llama", "auto_map": {}}',
-    "knows no model type 'llama5'": '{"model_type": "llama5"}',
+    "knows no model type 'llama5'; it knows [1-9]": '{"model_type": "llama5"}',
     "is not a valid config": '{"model_type": "llama", "hidden_size": "wide"}',
     "is not a multiple of": '{"model_type": "llama", "num_attention_heads": 7}',
 }

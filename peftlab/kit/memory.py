@@ -15,12 +15,13 @@ each storage's birth to its death. It is a second step: the optimizer has its st
 | activations | the highest point of a step above these three: all that comes and goes |
 
 Sequences are whole: no padding, no packing; every token has a label. Gradients are
-set to None after a step. A GPU and a CPU differ in three ways, and `device` says whose
+set to None after a step. A GPU and a CPU differ in four ways, and `device` says whose
 are counted. With dropout on its attention a CPU stores the scores, a GPU does not. A
 dropout mask has a number for each element on a CPU, on a GPU one byte. AdamW goes
 through the weights one by one on a CPU; on a GPU it is the fused one, as transformers'
 Trainer has it, and needs nothing but its state. Plain `torch.optim.AdamW` works on all
-weights at once there, on one more copy of what trains: "adamw-foreach". Not counted:
+weights at once there, on one more copy of what trains: "adamw-foreach". And a CPU that
+adds or multiplies two dtypes copies one of them to the other's first. Not counted:
 the kernels' own workspaces, and what an allocator wastes.
 
 GB are 10^9 bytes, everywhere.
@@ -181,7 +182,14 @@ def _build(config, method, dtype, **settings):
 
 
 def _check_length(model, seq):
-    """ValueError where the model has fewer positions than that; no T5 has a limit."""
+    """ValueError where the model has fewer positions than that, and where it would find
+    out only with data; no T5 has a limit."""
+    heads = getattr(model.config, "num_attention_heads", None)
+    shared = getattr(model.config, "num_key_value_heads", None)
+    if type(heads) is type(shared) is int and shared and heads % shared:
+        raise ValueError(
+            f"{heads} attention heads cannot share {shared} keys and values"
+        )
     most = getattr(model.config, "max_position_embeddings", None) or -1
     for name, m in model.named_modules():
         # RoBERTa's table starts with the padding's row, and the text comes after it.
@@ -202,9 +210,12 @@ class Ledger(TorchDispatchMode):
     and small numbers: "are all?" yes, "is any?" no, "below?" yes, "above?" no."""
 
     ANSWERS = {aten.all: True, aten.any: False, aten.lt: True, aten.gt: False}
+    ARITHMETIC = (aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_)
+    ARITHMETIC += (aten.div, aten.div_)
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
+        self.device = device
         self.live = self.peak = 0
         self.open = {}  # {a storage's address: a reference that does not keep it alive}
 
@@ -231,11 +242,22 @@ class Ledger(TorchDispatchMode):
         if (question := operation.overloadpacket) in self.ANSWERS:
             result.answer = self.ANSWERS[question]
         self.enter(tree_leaves(result))
-        # Autograd adds a second gradient in place, but not where it is watched: look
-        # only once the two are gone.
-        if operation is not aten.add.Tensor or torch.is_grad_enabled():
-            self.peak = max(self.peak, self.live)
+        # Autograd adds a second gradient to the first in place, if that is no view, but
+        # not where it is watched: look only once the two are gone.
+        second = operation is aten.add.Tensor and not torch.is_grad_enabled()
+        if not second or args[0]._is_view():
+            self.peak = max(self.peak, self.live + self._copies(question, args, result))
         return result
+
+    def _copies(self, operation, args, result):
+        """A CPU copies what has not the dtype that it reckons in; a GPU casts as it
+        reads."""
+        two = [t for t in args if isinstance(t, torch.Tensor) and t.dim()]
+        if self.device != "cpu" or operation not in self.ARITHMETIC or len(two) < 2:
+            return 0
+        common = torch.promote_types(*(t.dtype for t in two))
+        copied = [t.numel() for t in (*two, result) if t.dtype != common]
+        return sum(copied) * common.itemsize
 
 
 def _run(model, inputs, name, device):
@@ -245,7 +267,7 @@ def _run(model, inputs, name, device):
     optimizer = OPTIMIZERS[name](trained)
     for p in trained:
         p.grad = torch.zeros_like(p)
-    with Ledger():
+    with Ledger(device):
         optimizer.step()
     optimizer.zero_grad()
     weights = [*model.parameters(), *model.buffers()]
@@ -253,7 +275,7 @@ def _run(model, inputs, name, device):
     sizes = dict(
         weights=_held(weights), gradients=0, optimizer=_held(_state(optimizer))
     )
-    with Ledger() as ledger:
+    with Ledger(device) as ledger:
         ledger.enter([*weights, *_state(optimizer), *inputs.values()])
         _loss(model, inputs).backward()
         sizes["gradients"] = _held(p.grad for p in trained)
@@ -268,7 +290,7 @@ def _state(optimizer):
 
 
 def _held(things):
-    ledger = Ledger()
+    ledger = Ledger("cpu")
     ledger.enter(things)
     return ledger.live
 
@@ -429,7 +451,7 @@ def _read(path):
     if "auto_map" in content:
         raise ValueError(f"{path} needs code of its own (auto_map), which is not run")
     if kind not in CONFIG_MAPPING:
-        known = f"{len(CONFIG_MAPPING)} types, such as llama, gpt2, bert and t5"
+        known = f"{len(CONFIG_MAPPING.keys())} types, such as llama, gpt2, bert and t5"
         raise ValueError(
             f"{path}: transformers {__version__} knows no model type {kind!r}; it "
             f"knows {known}"
