@@ -219,10 +219,11 @@ def packed_state_dict(model):
     """{name: tensor} of a base with linears in 4 bits, as bitsandbytes names them: what
     `safetensors.torch.save_file` and transformers' 4-bit loading take. That wants T5's
     `wo` and Falcon's linears plain, and takes a classifier, which is plain here, for
-    packed unless its `llm_int8_skip_modules` names it. An adapter on the model is left
-    out, and of tied weights the first alone is there. Raises ValueError for a model
-    with no packed linear, and for a type of 4 bits, a block size or a dtype that
-    bitsandbytes does not have."""
+    packed unless its `llm_int8_skip_modules` names it (by how a name ends: DistilBERT's
+    "classifier" is its `pre_classifier` too). An adapter on the model is left out, and
+    of tied weights the first alone is there. Raises ValueError for a model with no
+    packed linear, and for a type of 4 bits, a block size or a dtype that bitsandbytes
+    does not have."""
     modules = dict(model.named_modules(remove_duplicate=False))
     packed = {p: m for p, m in modules.items() if isinstance(m, nf4.NF4Linear)}
     if not packed:
@@ -255,7 +256,7 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
     dtype. compute_dtype: as in `nf4.NF4Linear`; the file does not say. Raises
     ValueError, the model unchanged, for a missing, unexpected, broken or wrong-shaped
     entry, a setting that we do not have, and a model on the meta device."""
-    for name, t in tensors.items() if isinstance(tensors, dict) else [("", tensors)]:
+    for name, t in tensors.items() if isinstance(tensors, dict) else [(None, tensors)]:
         dense = torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
         if not isinstance(name, str) or not dense:
             raise ValueError(f"{name!r}: need {{name: tensor}}, dense and with memory")

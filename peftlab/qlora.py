@@ -68,8 +68,8 @@ def merge(model, bits=16):
     in float32 and rounded once, and that is the error. bits=4: where there is LoRA the
     sum is packed anew, as the base was. That rounds it to 16 levels again, and a change
     that is small beside the gaps between them is lost. A head that is a target was not
-    packed, and stays plain. Raises ValueError, the model unchanged, for other bits and
-    for a model without QLoRA."""
+    packed, and stays plain. Raises ValueError, the model unchanged, for other bits, a
+    model without QLoRA, and a sum that is NaN or past what the dtype holds."""
     if bits not in (4, 16):
         raise ValueError(f"merge into 16 bits or into 4, not {bits!r}")
     state_dict(model)  # raises where there is no LoRA
@@ -81,6 +81,8 @@ def merge(model, bits=16):
     for m, base in packed.items():
         delta = m.scaling * (m.lora_B @ m.lora_A)  # (out, in)
         weight = nf4.dequantize(base, torch.float32) + delta
+        if not (weight.is_meta or weight.to(base.dtype).isfinite().all()):
+            raise ValueError(f"a merged weight is NaN or too large for {base.dtype}")
         new[m] = _pack(base, weight) if bits == 4 else _plain(base, weight, base.dtype)
     if bits == 16:
         others = {m for m in model.modules() if isinstance(m, nf4.NF4Linear)}

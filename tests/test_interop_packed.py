@@ -306,6 +306,7 @@ BAD_FILES = {
     "no tensor": lambda: packed_twin() | {"0.bias": None},
     "a name that is none": lambda: packed_twin() | {3: torch.zeros(3)},
     "a number": lambda: 5,
+    "a tensor": lambda: torch.ones(3),
 }
 
 

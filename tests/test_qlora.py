@@ -582,14 +582,17 @@ def test_merging_refuses_other_bits_and_other_models(qlora):
         assert_unchanged(model, before)
 
 
-def test_merging_into_4_bits_refuses_a_broken_adapter(qlora):
-    model = put(qlora, ["q_proj", "proj", "lm_head"])
-    model.proj.lora_B.data[0, 0] = torch.inf
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="NaN") as error:
-        qlora.merge(model, bits=4)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+def test_merging_refuses_a_broken_adapter_and_a_sum_that_overflows(qlora):
+    for bits in (16, 4):
+        for dtype, value in ((torch.float32, torch.inf), (torch.float16, 60000.0)):
+            model = put(qlora, ["q_proj", "proj", "lm_head"], dtype)
+            model.proj.lora_B.data[0, :] = value
+            model.proj.lora_A.data[:, 0] = 1
+            before = snapshot(model)
+            with pytest.raises(ValueError, match="NaN or too large") as error:
+                qlora.merge(model, bits)
+            assert_one_sentence(error)
+            assert_unchanged(model, before)
 
 
 def test_loras_own_merge_refuses(qlora):
@@ -1565,7 +1568,7 @@ MUTATIONS = {
     "any number of bits is 16": (MERGE_REFUSED, {BITS: "if False:"}),
     "a plain LoRA is merged": (MERGE_REFUSED, {"if not packed:": "if False:"}),
     "merging into 4 bits changes the head first": (
-        test_merging_into_4_bits_refuses_a_broken_adapter,
+        test_merging_refuses_a_broken_adapter_and_a_sum_that_overflows,
         {
             "    new = dict(tuned)\n": "    new = dict(tuned)\n"
             "    plain = [m for m in tuned if m not in packed]\n"
@@ -1574,8 +1577,12 @@ MUTATIONS = {
             "    if plain := [m for m in tuned if m not in packed]:": "    if False:",
         },
     ),
+    "what overflows is merged": (
+        test_merging_refuses_a_broken_adapter_and_a_sum_that_overflows,
+        {"weight.to(base.dtype).isfinite().all()": "True"},
+    ),
     "merging swaps layer by layer": (
-        test_merging_into_4_bits_refuses_a_broken_adapter,
+        test_merging_refuses_a_broken_adapter_and_a_sum_that_overflows,
         {CHOICE: f"{CHOICE}\n        lora._replace(model, {{m: new[m]}})"},
     ),
     "the base is rounded and not packed": (
