@@ -2,7 +2,8 @@
 
 Quantizing and unpacking 16.8 million weights, the forward pass of packed linears, a
 QLoRA step beside peft's and an 8-bit Adam step. Ratios of seconds, ours over theirs,
-the median of three repeats. Wants a quiet machine; five minutes on two cores."""
+the median of three repeats. What wins depends on the processor, so that the figures of
+each kind have a file of their own. Wants a quiet machine; five minutes on two cores."""
 
 import functools
 import json
@@ -22,8 +23,8 @@ from transformers.utils import logging
 
 from experiments.bench import ALL, RATE, REPEATS, TASK, llama, optimizer, spread, step
 from peftlab import adam8bit, int8, nf4, qlora
-from peftlab.kit import measure, results
-from tools.figures import refresh_pages
+from peftlab.kit import measure, plot, results
+from tools.figures import refresh_pages, save_picture
 
 SIDE = 4096  # of the weight that is packed: 16.8 million
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,6 +37,27 @@ MEMORY = {
     "kept": KEEP | dict(MALLOC_MMAP_MAX_="0"),
 }
 WIDTHS = {512: 8, 1024: 4}  # of the Llama that takes QLoRA steps: turns
+VECTORS = torch.backends.cpu.get_cpu_capability()
+# On other processors a product in bfloat16 takes so long on the way back (`products`)
+# that nothing else counts beside it, in ours or in theirs.
+BFLOAT16 = VECTORS == "AVX512"
+ROWS = {  # of the picture: what the figures are called, with the types for {}
+    "quantize to NF4": "quantize nf4, {}",
+    "to FP4": "quantize fp4, {}",
+    "to NF4, doubly": "quantize nf4 doubly, {}",
+    "to int8, by rows": "quantize int8 by rows, {}",
+    "unpack, memory new": "dequantize, {}, new",
+    "compiled": "dequantize compiled, {}, new",
+    "unpack, memory kept": "dequantize, {}, kept",
+    "compiled ": "dequantize compiled, {}, kept",
+    "NF4Linear": "NF4Linear forward",
+    "both ways": "NF4Linear both ways",
+    "Int8Linear": "Int8Linear forward",
+    "QLoRA step": "QLoRA step, 1024",
+    "Adam8bit step": "Adam8bit step",
+}
+ONE_TYPE = dict(NF4Linear="bfloat16", QLoRA="bfloat16", Int8Linear="float16")
+SHOWN = {"AVX512": "with AVX512 and bfloat16", "AVX2": "AVX2 only"}
 
 
 def weight(dtype=torch.float32, rows=SIDE, columns=SIDE):
@@ -112,7 +134,8 @@ def linears():
     there_and_back = lambda m: lambda: m(x).sum().backward()  # noqa: E731
     forward = lambda m, x: lambda: m(x)  # noqa: E731
     cases["NF4Linear forward"] = forward(ours, x), forward(theirs, x), 9
-    cases["NF4Linear both ways"] = there_and_back(ours), there_and_back(theirs), 9
+    if BFLOAT16:
+        cases["NF4Linear both ways"] = there_and_back(ours), there_and_back(theirs), 9
     x16 = x.detach().half()
     x16[:, 7] *= 40  # a column above the threshold
     theirs = bitsandbytes.nn.Linear8bitLt(
@@ -123,6 +146,18 @@ def linears():
     ours = int8.Int8Linear(base.half(), threshold=6.0)
     cases["Int8Linear forward"] = forward(ours, x16), forward(theirs, x16), 9
     return cases
+
+
+def products():
+    """128 rows through an NF4Linear: products in bfloat16 over those in float32."""
+    base, x = nn.Linear(1024, 1024), torch.randn(128, 1024, requires_grad=True)
+    both = [nf4.NF4Linear(base, compute_dtype=t) for t in (torch.bfloat16, None)]
+    there = [lambda layer=layer: layer(x) for layer in both]
+    and_back = [lambda layer=layer: layer(x).sum().backward() for layer in both]
+    return {
+        "bfloat16 over float32, forward": (*there, 9),
+        "bfloat16 over float32, both ways": (*and_back, 9),
+    }
 
 
 def qlora_steps(width):
@@ -163,11 +198,11 @@ def adam_steps():
 
 def once():
     """{case: {who: seconds}} of everything, and the peaks of the QLoRA steps."""
-    found, peaks = timed(quantizing()) | timed(linears()), {}
+    found, peaks = timed(quantizing() | linears() | products()), {}
     for memory, variables in MEMORY.items():
         for name, times in unpacking_apart(variables).items():
             found[f"{name}, {memory}"] = times
-    for width, turns in WIDTHS.items():
+    for width, turns in WIDTHS.items() if BFLOAT16 else ():
         both = dict(zip(("ours", "theirs"), qlora_steps(width), strict=True))
         found[f"QLoRA step, {width}"] = measure.step_times(both, turns, warmup=2)
         peaks[str(width)] = {who: measure.peak_memory(s) for who, s in both.items()}
@@ -193,6 +228,32 @@ def derive(repeats):
     return figures
 
 
+def draw():
+    """One dot for each case and type, a panel for each processor."""
+    axes = plot.axes("seconds, ours / theirs", "", 2, figsize=(7, 4.6), sharey=True)
+    colors = dict(float32="LoRA", bfloat16="full", float16="peft")
+    for ax, (vectors, title) in zip(axes, SHOWN.items(), strict=True):
+        figures = results.load(f"bench_quantization_{vectors.lower()}")["figures"]
+        for kind, color in colors.items():
+            keys = [
+                row.format(kind)
+                for row in ROWS.values()
+                if "{}" in row or ONE_TYPE.get(row.split()[0], "float32") == kind
+            ]
+            dots = {k: figures[k]["value"] for k in keys if k in figures}
+            y = [[r.format(kind) for r in ROWS.values()].index(k) for k in dots]
+            x, color = [*dots.values()], plot.COLORS[color]
+            ax.plot(x, y, "o", color=color, label=kind)
+        ax.axvline(1, color=plot.INK, lw=1)
+        ax.set(title=title, xscale="log", xlim=(0.2, 8), yticks=range(len(ROWS)))
+        ax.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+        ax.minorticks_off()
+    axes[0].set_yticklabels(ROWS)
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="upper right", fontsize=9)
+    save_picture(axes[0].figure, "packing.png")
+
+
 def main():
     # Within `make results` the sweeps before this one have set it to one.
     torch.set_num_threads(os.cpu_count())
@@ -203,13 +264,14 @@ def main():
     repeats = [once() for _ in tqdm(range(REPEATS), desc="quantization")]
     figures = derive(repeats)
     results.save(
-        "bench_quantization",
+        f"bench_quantization_{VECTORS.lower()}",
         dict(
             machine=measure.machine(),
             repeats=repeats,
             figures=figures,
         ),
     )
+    draw()
     refresh_pages()
     for key, f in figures.items():
         print(f"{key}: {f['value']:.3f} ({f['lowest']:.3f} to {f['highest']:.3f})")

@@ -1376,7 +1376,7 @@ QUANTILES = "torch.special.ndtri(torch.cat([1 - down[:-1], up.flip(0)]))"
 ENDS = "0.9677083, 0.5, n, **CPU"
 FP4 = "FP4 = torch.cat([FP4, 0 - FP4])"
 INT4 = "[*range(-7, 1), *range(8)]"
-ABSMAX = "torch.linalg.vector_norm(rows, torch.inf, 1)"
+ABSMAX = "rows.abs().amax(1)"
 FLOATS = ".view(-1, size).float()"
 SCALE = "(1 / absmax.clamp(TINY))[:, None]"
 TIMES = f"y = rows * {SCALE}"
@@ -1473,7 +1473,7 @@ MUTATIONS = {
             HELD: f"{HELD}\n    codes.view(-1)[n // 2 :] &= 240",
         },
     ),
-    "a tie goes to the upper": (TIES, {"near += y > bound": "near += y >= bound"}),
+    "a tie goes to the upper": (TIES, {"torch.gt(y": "torch.ge(y"}),
     "full blocks divide": (ROUNDING, {TIMES: "y = rows / absmax.clamp(TINY)[:, None]"}),
     "the partial block multiplies": (ROUNDING, {LAST: "absmax[-1].clamp_(TINY)"}),
     "every last block divides": (
