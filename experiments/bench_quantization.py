@@ -41,22 +41,22 @@ VECTORS = torch.backends.cpu.get_cpu_capability()
 # On other processors a product in bfloat16 takes so long on the way back (`products`)
 # that nothing else counts beside it, in ours or in theirs.
 BFLOAT16 = VECTORS == "AVX512"
-ROWS = {  # of the picture: what the figures are called, with the types for {}
-    "quantize to NF4": "quantize nf4, {}",
-    "to FP4": "quantize fp4, {}",
-    "to NF4, doubly": "quantize nf4 doubly, {}",
-    "to int8, by rows": "quantize int8 by rows, {}",
-    "unpack, memory new": "dequantize, {}, new",
-    "compiled": "dequantize compiled, {}, new",
-    "unpack, memory kept": "dequantize, {}, kept",
-    "compiled ": "dequantize compiled, {}, kept",
-    "NF4Linear": "NF4Linear forward",
-    "both ways": "NF4Linear both ways",
-    "Int8Linear": "Int8Linear forward",
-    "QLoRA step": "QLoRA step, 1024",
-    "Adam8bit step": "Adam8bit step",
-}
-ONE_TYPE = dict(NF4Linear="bfloat16", QLoRA="bfloat16", Int8Linear="float16")
+BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
+ROWS = [  # of the picture: its name, what the figures are called, of which types
+    ("quantize to NF4", "quantize nf4, {}", BOTH),
+    ("to FP4", "quantize fp4, {}", BOTH),
+    ("to NF4, doubly", "quantize nf4 doubly, {}", ("float32",)),
+    ("to int8, by rows", "quantize int8 by rows, {}", ("float16",)),
+    ("unpack, memory new", "dequantize, {}, new", BOTH),
+    ("compiled", "dequantize compiled, {}, new", BOTH),
+    ("unpack, memory kept", "dequantize, {}, kept", BOTH),
+    ("compiled", "dequantize compiled, {}, kept", BOTH),
+    ("NF4Linear", "NF4Linear forward", HALF),
+    ("both ways", "NF4Linear both ways", HALF),
+    ("Int8Linear", "Int8Linear forward", ("float16",)),
+    ("QLoRA step", "QLoRA step, 1024", HALF),
+    ("Adam8bit step", "Adam8bit step", ("float32",)),
+]
 SHOWN = {"AVX512": "with AVX512 and bfloat16", "AVX2": "AVX2 only"}
 
 
@@ -235,20 +235,18 @@ def draw():
     for ax, (vectors, title) in zip(axes, SHOWN.items(), strict=True):
         figures = results.load(f"bench_quantization_{vectors.lower()}")["figures"]
         for kind, color in colors.items():
-            keys = [
-                row.format(kind)
-                for row in ROWS.values()
-                if "{}" in row or ONE_TYPE.get(row.split()[0], "float32") == kind
-            ]
-            dots = {k: figures[k]["value"] for k in keys if k in figures}
-            y = [[r.format(kind) for r in ROWS.values()].index(k) for k in dots]
-            x, color = [*dots.values()], plot.COLORS[color]
-            ax.plot(x, y, "o", color=color, label=kind)
+            dots = {
+                y: figures[name.format(kind)]["value"]
+                for y, (_, name, kinds) in enumerate(ROWS)
+                if kind in kinds and name.format(kind) in figures
+            }
+            color = plot.COLORS[color]
+            ax.plot([*dots.values()], [*dots], "o", color=color, label=kind)
         ax.axvline(1, color=plot.INK, lw=1)
         ax.set(title=title, xscale="log", xlim=(0.2, 8), yticks=range(len(ROWS)))
         ax.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
         ax.minorticks_off()
-    axes[0].set_yticklabels(ROWS)
+    axes[0].set_yticklabels([label for label, _, _ in ROWS])
     axes[0].invert_yaxis()
     axes[0].legend(loc="upper right", fontsize=9)
     save_picture(axes[0].figure, "packing.png")

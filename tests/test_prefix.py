@@ -470,8 +470,8 @@ def test_the_kit_trains_it_and_lets_it_answer():
     torch.manual_seed(0)
     wrapper = reference.add(model, 8)
     records = data.records("dates", "fi", 40)  # new to the model
-    losses = train(wrapper, tokenizer, records, 30, 0.1, 8, progress=False)
-    assert sum(losses[-3:]) < 0.6 * sum(losses[:3]), f"it does not learn: {losses}"
+    losses = train(wrapper, tokenizer, records, 40, 0.1, 8, progress=False)
+    assert sum(losses[-3:]) < sum(losses[:3]) / 2, f"it does not learn: {losses}"
     prompts = [r.prompt for r in records[:8]]
     assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 1, "none is padded"
     together = measure.answers(wrapper, tokenizer, prompts)

@@ -213,7 +213,7 @@ class Ledger(TorchDispatchMode):
     ARITHMETIC = (aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_)
     ARITHMETIC += (aten.div, aten.div_)
 
-    def __init__(self, device):
+    def __init__(self, device="cpu"):
         super().__init__()
         self.device = device
         self.live = self.peak = 0
@@ -290,7 +290,7 @@ def _state(optimizer):
 
 
 def _held(things):
-    ledger = Ledger("cpu")
+    ledger = Ledger()
     ledger.enter(things)
     return ledger.live
 
