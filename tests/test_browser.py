@@ -170,9 +170,7 @@ def test_page(visit, path):
         if over := page.evaluate(SIDEWAYS):
             bad.append(f"scrolls sideways at {width}: {over}")
     page.emulate_media(color_scheme="light")
-    page.wait_for_timeout(
-        400
-    )  # the theme then makes what scrolls reachable by keyboard
+    page.wait_for_timeout(400)  # the theme makes what scrolls reachable by keyboard
     bad += [f"phone: {v}" for v in visit.axe() + visit.contrast()]
 
     bad += visit.trouble
