@@ -68,7 +68,8 @@ MARK = """known => {
     for (const span of document.querySelectorAll('pre span')) {
         const around = span.closest('[class*=highlight-], .output')?.className;
         const kind = `${span.className} in ${around}`;
-        if (!kinds.has(kind)) span.classList.add('first-of-its-kind');
+        if (kinds.has(kind) || !span.checkVisibility()) continue;
+        span.classList.add('first-of-its-kind');
         kinds.add(kind);
     }
     return [...kinds];
