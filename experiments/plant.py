@@ -218,12 +218,42 @@ def gap(key, a, b):
     return {key: mean, f"{key}.low": low, f"{key}.high": high}
 
 
+@torch.no_grad()
+def blocks(seed):
+    """The share of the blocks of 64 with a shrunken channel's weight that it sets the
+    scale of: in each it is the largest."""
+    model, _ = planted("shrunken", seed)
+    paths = [path for paths in plant.readers(model).values() for path in paths]
+    rows = torch.cat([model.get_submodule(path).weight for path in paths]).abs()
+    (channel,) = channels("shrunken", seed)
+    block = rows.view(len(rows), -1, 64)[:, channel // 64]
+    return (block[:, channel % 64] == block.amax(1)).double().mean().item()
+
+
+def draw_runs(runs):
+    """The dates that each run reads, a dot a seed and a bar for the mean."""
+    names = {"plain": "as it is", "naive": "naive int8", "threshold": "LLM.int8()"}
+    rows = dict.fromkeys((r["plant"], r["method"]) for r in runs)
+    rows = [row for row in rows if row[0] in ("outliers", "shrunken")]
+    rows = sorted((r for r in rows if r[1] != "emptied"), key=lambda r: r[0])
+    ax = plot.axes("exact match: base dates", figsize=(6.4, 3.6))
+    for y, (name, method) in enumerate(rows):
+        x = [share(r["dates"]) for r in where(runs, plant=name, method=method)]
+        color = plot.COLORS["LoRA" if name == "outliers" else "full"]
+        ax.plot(x, [y] * len(x), "o", ms=4, alpha=0.6, color=color, clip_on=False)
+        ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color, clip_on=False)
+    labels = [f"{name}: {names.get(method, method)}" for name, method in rows]
+    ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
+    ax.set_yticklabels(labels)
+    save_picture(ax.figure, "plants.png")
+
+
 def draw(linears, figures):
     """Each linear's kurtosis against what NF4 does to its weights and its output."""
     colors = {"MiniLM": "peft", "tiny-decoder": "LoRA", "planted": "full"}
     titles = dict(weights="error of the weights", output="error of the output")
     label = "excess kurtosis of the weights (normal: 0)"
-    axes = plot.axes(label, "", columns=2, figsize=(7.6, 3.8), sharey=True)
+    axes = plot.axes(label, "", columns=2, figsize=(6.6, 3.8), sharey=True)
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for (name, color), mark in zip(colors.items(), "os^", strict=True):
             mine = [r for r in linears if r["model"] == name]
@@ -264,11 +294,14 @@ def main():
     linears = [row for name, pair in models.items() for row in weigh(name, *pair)]
     figures = derive(runs, linears, activations())
     figures["rate"] = dict(value=best, tolerance=0)
+    mean = statistics.mean(blocks(seed) for seed in SEEDS)
+    figures["shrunken.blocks"] = dict(value=mean, tolerance=0.02)
     more = dict(best=best, rates=rates, linears=linears, figures=figures)
     plants = {name: dict(s=s, channels=n) for name, (s, n) in PLANTS.items()}
     setting = dict(steps=STEPS, batch=BATCH, r=RANK, plants=plants)
     store("plant", runs, setting=setting, **more)
     draw(linears, figures)
+    draw_runs(runs)
     refresh_pages()
     for key, figure in figures.items():
         if key.endswith((".dates", ".refuse")) or " over" in key or ".over" in key:

@@ -111,7 +111,8 @@ def weights(model, change=True):
 
 def rounding():
     """{key: number}: bits a weight from real bytes, and RMS errors over the RMS of the
-    weights, of tiny-decoder's linears and of normal numbers."""
+    weights, of tiny-decoder's linears and of normal numbers; how often these have the
+    values at NF4's zero and ends, and where those ends lie."""
     plain = lora._select(zoo.load("tiny-decoder", device="cpu")[0], "all-linear")
     own = [m.weight.detach() for m in plain]
     dice = torch.Generator().manual_seed(0)
@@ -128,6 +129,11 @@ def rounding():
     for key, some in sets.items():
         back = [int8.dequantize(int8.quantize(w, blocksize=64)) for w in some]
         found[f"int8.rms.{key}"] = rms(some, back)
+    q = nf4.quantize(*sets["normal"])
+    used = torch.stack([q.codes >> 4, q.codes & 15]).flatten().bincount() / 2**20
+    ends = dict(zero=used[7], low=used[0], high=used[15], largest=q.absmax.mean())
+    found |= {f"NF4.normal.{name}": x.item() for name, x in ends.items()}
+    found["NF4.end"] = torch.special.ndtri(torch.tensor(LAST).double()).item()
     return found
 
 

@@ -1,12 +1,12 @@
 r"""Adam with 8-bit states: Dettmers et al. 2021, arXiv 2110.02861.
 
-Adam keeps two averages of the gradient $g$. Here each takes a byte a weight: the index
-of the nearest value of a dynamic map (section 1.3), over its block's largest (2.1).
-Step t unpacks them, does as AdamW (rate $\eta$, weight decay $\lambda$), packs again:
+Adam keeps two averages of the gradient $g$. Here each takes a byte a weight: its index
+in a dynamic map (section 1.3, 2.2), over its block's largest (2.1: of 2,048; here 256).
+Step t unpacks, does as AdamW (rate $\eta$, weight decay $\lambda$) and packs again:
 
-$$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \quad
-v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \quad w \leftarrow (1 - \eta \lambda)\, w
-- \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} $$
+$$ \begin{aligned} m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\ v &\leftarrow
+\beta_2 v + (1 - \beta_2)\, g^2 \\ w &\leftarrow (1 - \eta \lambda)\, w - \eta\,
+\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} \end{aligned} $$
 
 | symbol | shape | in code |
 |---|---|---|
@@ -15,7 +15,7 @@ v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \quad w \leftarrow (1 - \eta \lamb
 
 Codes are the nearest (bitsandbytes' CPU has 65,536 even bins), save that v > 0 is never
 code 0: m, not squared, would outlive it, and a step be m / eps, thousands of lr. With
-no -1 in the map, such an m shrinks by 0.7%. Not here: paged states, stable embedding.
+no -1 in the map, -m_absmax shrinks by 0.7%. Not here: paged states, stable embedding.
 """
 
 import math
@@ -26,8 +26,8 @@ from torch.nn.functional import pad
 
 def dynamic_map(signed=True):
     """The 8-bit dynamic type (2110.02861, section 1.3), (256,), rising: 0, 1, and for
-    e = 0 to 6 the middles of 2^e equal parts of 0.1 to 1, times 10^(e - 6), with their
-    negatives; unsigned, of twice as many parts, without."""
+    e = 0 to 6 the middles of `2**e` equal parts of 0.1 to 1, times `10**(e - 6)`,
+    with their negatives; unsigned (2.2), of twice as many parts, without."""
     like = dict(dtype=torch.float32, device="cpu")  # whatever the defaults are
     cuts = [torch.linspace(0.1, 1, 2 ** (e + 1 - signed) + 1, **like) for e in range(7)]
     parts = [10.0 ** (e - 6) * (x[:-1] + x[1:]) / 2 for e, x in enumerate(cuts)]

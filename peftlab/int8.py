@@ -3,7 +3,7 @@ r"""Int8: absmax quantization and LLM.int8(), Dettmers et al. 2022, arXiv 2208.0
 Absmax (section 2) scales x by its largest magnitude $m$ into [-127, 127] and rounds:
 $q = \mathrm{round}(x \cdot 127 / m)$, $x \approx q\, m / 127$. One large value makes
 all steps coarse. So LLM.int8() (section 3, eq. 8) has an $m$ for each row of X and W;
-input columns $O$, where a magnitude reaches the threshold, are multiplied in 16 bits:
+input columns $O$, where a magnitude reaches the threshold, stay in x's dtype, 16 bits:
 
 $$ X W^T \approx X_{:,O}\, W_{:,O}^T + \frac{m_X m_W^T}{127^2} \odot (X_q W_q^T) $$
 
@@ -94,7 +94,7 @@ class _Product(torch.autograd.Function):
 
 class Int8Linear(nn.Module):
     """LLM.int8() in place of `base`, an nn.Linear or GPT-2's Conv1D, left as it is.
-    Frozen. threshold: the magnitude that sends a column of x to 16 bits; 0: none does.
+    Frozen. threshold: the magnitude that keeps a column of x in its dtype; 0: none.
     ValueError: another base, a packed one, NaN in its weight, a threshold below 0."""
 
     def __init__(self, base, threshold=6.0):

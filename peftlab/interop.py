@@ -54,6 +54,8 @@ from peftlab import dora, ia3, lora, nf4, pissa, prefix, prompt, vera
 
 
 class Method(NamedTuple):
+    """One method's names, here and in peft's files: a row of METHODS."""
+
     module: object  # the reference file
     layer: type  # what it puts into a model, or around one
     peft_type: str

@@ -9,7 +9,7 @@ $$ y = \mathrm{dequant}(W^{\mathrm{NF4}})\,x + s\,B A x $$
 |---|---|---|---|
 | $W^{\mathrm{NF4}}$ | (out, in) | `base`, an `nf4.NF4Linear` | 4.127 bits a weight |
 | its product with $x$ | (..., out) | `compute_dtype` | bfloat16 |
-| $A$, $B$ | (r, in), (out, r) | `lora_A`, `lora_B` | float32, as peft's |
+| $A$, $B$ | (r, in), (out, r) | `lora_A`, `lora_B` | float32 (eq. 5: bfloat16) |
 
 The gradient of A and B passes through the unpacked weight of the layers above. W is
 unpacked where it is needed, in both directions, and only one is there at a time.

@@ -96,12 +96,13 @@ def step(
 
     config: a name in SHAPES, a config.json or a folder that has one, or a transformers
     config. method: "full", "lora" (the base in dtype, A and B in float32) or "qlora"
-    (its linears in NF4, the rest in bfloat16). r: 16 by default; targets: names of
-    linears, by default "all-linear". seq, batch: tokens, sequences. dtype: of the
-    weights, by default "float32" for full (16 bytes a parameter with AdamW), "bfloat16"
-    for lora. optimizer: one of OPTIMIZERS. checkpointing: activations are counted again
-    in the backward pass, layer by layer. double_quant: of qlora, on by default. device:
-    "cuda" or "cpu", whose attention, dropout and AdamW are counted.
+    (its linears in NF4, the rest of the base in bfloat16, A and B in float32). r: 16 by
+    default; targets: names of linears, by default "all-linear". seq, batch: tokens,
+    sequences. dtype: of the weights, by default "float32" for full (16 bytes a
+    parameter with AdamW), "bfloat16" for lora. optimizer: one of OPTIMIZERS.
+    checkpointing: activations are counted again in the backward pass, layer by layer.
+    double_quant: of qlora, on by default. device: "cuda" or "cpu", whose attention,
+    dropout and AdamW are counted.
 
     Returns weights, gradients, optimizer, activations and their sum, total; trainable
     and parameters, which are numbers, not bytes, the base counted before it is packed;
