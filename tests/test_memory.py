@@ -18,8 +18,11 @@ from transformers import (
     DebertaV2Config,
     FalconConfig,
     GPT2Config,
+    LEDConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    Mamba2Config,
     MambaConfig,
     MixtralConfig,
     RobertaConfig,
@@ -76,6 +79,29 @@ BERT = BertConfig(
     attention_probs_dropout_prob=0,
 )
 WIDE = llama(128, 2, 2, 2, 200, inner=8)
+SMALL = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=500,
+)
+DEBERTA = DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"])
+EXPERTS = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+# A step without images reaches a third of its weights.
+LLAVA = LlavaConfig(
+    text_config=llama(128, 1, 2, 2),
+    vision_config=dict(
+        model_type="clip_vision_model",
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    ),
+    architectures=["LlavaForConditionalGeneration"],
+)
 
 
 # Against real steps
@@ -125,6 +151,11 @@ def test_the_stored_cells_are_three_methods_at_three_sizes_twice_and_others():
         (WIDE, dict(method="qlora", seq=200, batch=2)),
         (T5, dict(method="lora", seq=128, batch=4)),
         (FALCON, dict(method="full", seq=256, batch=4)),
+        (DEBERTA, dict(method="full", seq=128, batch=4)),
+        (EXPERTS, dict(method="full", seq=64, batch=2)),
+        (EXPERTS, dict(method="lora", seq=128, batch=4, targets=["q_proj"])),
+        (LLAVA, dict(method="full", seq=32, batch=2)),
+        (LLAVA, dict(method="lora", seq=32, batch=2, dtype="float32", r=64)),
         (
             MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2),
             dict(method="full", seq=64, batch=2),
@@ -189,6 +220,25 @@ def test_the_ledger_knows_what_the_profiler_knows():
     assert ledger.peak - held == peak, "a storage counts once, from birth to death"
     gradients = measure.nbytes([p.grad for p in model.parameters()])
     assert ledger.live - held == gradients, "something freed is still open"
+
+
+@pytest.mark.parametrize("pick", ["gather", "index", "index_select"])
+def test_what_was_picked_out_goes_back_in_place(pick):
+    w, rows = torch.randn(3000, 400, requires_grad=True), torch.randperm(3000)
+
+    def work():
+        if pick == "gather":
+            y = w.gather(0, rows[:, None].expand(-1, 400))
+        else:
+            y = w[rows] if pick == "index" else w.index_select(0, rows)
+        (y * 2).sum().backward()
+
+    peak, w.grad = measure.peak_memory(work), None
+    with memory.Ledger() as ledger:
+        ledger.enter([w, rows])
+        held = ledger.live
+        work()
+    assert ledger.peak - held == pytest.approx(peak, rel=0.01)
 
 
 # Known bytes
@@ -475,6 +525,17 @@ def test_every_figure_on_the_page_is_bound():
 
 # What is wrong
 
+LED = dict(
+    d_model=32,
+    vocab_size=100,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    attention_window=8,
+)
 BAD = {
     "an unknown method": (dict(method="dora"), "there are: full, lora, qlora"),
     "a method that is no name": (dict(method=["lora"]), "there are: full, lora"),
@@ -494,6 +555,17 @@ BAD = {
     "seq=0": (dict(seq=0), "seq must be a whole number"),
     "seq=True": (dict(seq=True), "seq must be a whole number"),
     "a long seq": (dict(seq=257), "maximum, 256"),
+    "longer than the decoder's": (
+        dict(config=LEDConfig(**LED), method="full", seq=1025),
+        "maximum, 1024",
+    ),
+    "longer than the text's": (
+        dict(config=LLAVA, method="full", seq=2049),
+        "maximum, 2048",
+    ),
+    "a batch that is no size": (dict(batch=10**18), "does not run without data"),
+    "a batch past any integer": (dict(batch=10**20), "does not run without data"),
+    "a rank that is no size": (dict(r=10**18), "lora cannot be added to a Llama"),
     "batch=0": (dict(batch=0), "batch must be a whole number"),
     "batch=1.5": (dict(batch=1.5), "batch must be a whole number"),
     "checkpointing='no'": (dict(checkpointing="no"), "True or False"),
@@ -536,6 +608,7 @@ def test_bad_input_gets_one_sentence(case, monkeypatch):
 
 FILES = {
     "is not JSON": "{",
+    "is not JSON: maximum recursion": "[" * 100_000,
     "it has no model_type": "[]",
     "has no model_type": '{"hidden_size": 8}',
     r"needs code of its own \(auto_map\)": '{"model_type": "llama", "auto_map": {}}',
@@ -564,6 +637,27 @@ def test_a_config_is_read_from_a_file_or_its_folder(tmp_path):
     content["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert memory.step(tmp_path, seq=8) == want, "what is packed is ours to say"
+
+
+def test_a_config_with_an_infinite_number_is_read(tmp_path):
+    config = Mamba2Config(
+        vocab_size=300, hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16
+    )
+    config.save_pretrained(tmp_path)
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    assert memory.load(tmp_path).time_step_limit == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("task", ["several labels", "next sentence"])
+def test_a_classifier_gets_labels_of_its_kind(task):
+    more = dict(architectures=["BertForNextSentencePrediction"])
+    if task == "several labels":
+        more = dict(problem_type="multi_label_classification", num_labels=3)
+        more |= dict(architectures=["BertForSequenceClassification"])
+    config = BertConfig(**SMALL, **more)
+    settings = dict(method="full", seq=32, batch=4)
+    predicted = memory.step(config, device="cpu", **settings)["total"]
+    assert predicted == pytest.approx(sweep.measured(config, **settings), rel=0.03)
 
 
 def test_an_empty_folder_gets_one_sentence(tmp_path):

@@ -106,15 +106,17 @@ def step(
 
     Returns weights, gradients, optimizer, activations and their sum, total; trainable
     and parameters, which are numbers, not bytes, the base counted before it is packed;
-    and gpu, what `fits` says of the total. Raises ValueError for a name that is not
-    there, a combination that cannot be, and a model that does not run without data."""
+    and gpu, what `fits` says of the total. A weight that no gradient reaches, such as a
+    reader of images where there are none, has no gradient and no state. Raises
+    ValueError for a name that is not there, a combination that cannot be, and a model
+    that does not run without data."""
     config, settings = load(config), _settings(method, r, targets, dtype, double_quant)
     _check(seq, batch, optimizer, checkpointing, device)
     with _quiet(), _as_on(device):
         model, base = _build(config, method, **settings)
         _check_length(model, seq)
-        inputs = _inputs(model, batch, seq)
         with _one_sentence(f"a {type(model).__name__} does not run without data"):
+            inputs = _inputs(model, batch, seq)
             if checkpointing:
                 model.activation_checkpointing_enable()
             found = _run(model, inputs, optimizer, device)
@@ -179,25 +181,38 @@ def _build(config, method, dtype, **settings):
     base, add = measure.parameters(model)[1], METHODS[method]
     # Without data a weight may be packed in one piece, and to any type: it is quicker.
     with mock.patch.multiple(nf4, CHUNK=2**62, DYNAMIC=nf4.NF4):
-        return (add(model, **settings) if add else model), base
+        with _one_sentence(f"{method} cannot be added to a {type(model).__name__}"):
+            return (add(model, **settings) if add else model), base
 
 
 def _check_length(model, seq):
     """ValueError where the model has fewer positions than that, and where it would find
     out only with data; no T5 has a limit."""
-    heads = getattr(model.config, "num_attention_heads", None)
-    shared = getattr(model.config, "num_key_value_heads", None)
-    if type(heads) is type(shared) is int and shared and heads % shared:
-        raise ValueError(
-            f"{heads} attention heads cannot share {shared} keys and values"
-        )
-    most = getattr(model.config, "max_position_embeddings", None) or -1
+    parts = ["text_config", "text_encoder", "encoder", "decoder"]
+    config = model.config
+    configs = [config, *(getattr(config, part, None) for part in parts)]
+    limits = []
+    for heads, shared, *most in (_numbers(config) for config in configs):
+        if heads and shared and heads % shared:
+            raise ValueError(
+                f"{heads} attention heads cannot share {shared} keys and values"
+            )
+        limits += filter(None, most)
+    most = min(limits, default=seq)
     for name, m in model.named_modules():
         # RoBERTa's table starts with the padding's row, and the text comes after it.
         if name.endswith("position_embeddings") and hasattr(m, "padding_idx"):
             most -= 0 if m.padding_idx is None else m.padding_idx + 1
-    if 0 < most < seq:
+    if limits and most < seq:
         raise ValueError(f"seq {seq} is longer than the model's maximum, {most}")
+
+
+def _numbers(config):
+    """Heads, those of keys and values, and all limits of positions, None for none."""
+    names = ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+    names += [f"max_{end}_position_embeddings" for end in ("encoder", "decoder")]
+    found = (getattr(config, name, None) for name in [*names, "max_target_positions"])
+    return [n if type(n) is int and n > 0 else None for n in found]
 
 
 # Whose step is counted
@@ -213,6 +228,7 @@ class Ledger(TorchDispatchMode):
     ANSWERS = {aten.all: True, aten.any: False, aten.lt: True, aten.gt: False}
     ARITHMETIC = (aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_)
     ARITHMETIC += (aten.div, aten.div_)
+    INTO_ZEROS = (aten.scatter_add, aten.index_put, aten.index_add)
 
     def __init__(self, device="cpu"):
         super().__init__()
@@ -243,10 +259,11 @@ class Ledger(TorchDispatchMode):
         if (question := operation.overloadpacket) in self.ANSWERS:
             result.answer = self.ANSWERS[question]
         self.enter(tree_leaves(result))
-        # Autograd adds a second gradient to the first in place, if that is no view, but
-        # not where it is watched: look only once the two are gone.
-        second = operation is aten.add.Tensor and not torch.is_grad_enabled()
-        if not second or args[0]._is_view():
+        # Autograd adds a second gradient to the first in place, if that is no view, and
+        # what was picked out to zeros; not where it is watched: look only once the two
+        # are gone.
+        second = operation is aten.add.Tensor or question in self.INTO_ZEROS
+        if torch.is_grad_enabled() or not second or args[0]._is_view():
             self.peak = max(self.peak, self.live + self._copies(question, args, result))
         return result
 
@@ -262,27 +279,25 @@ class Ledger(TorchDispatchMode):
 
 
 def _run(model, inputs, name, device):
-    """The bytes of a training step's parts. The first step only gives the optimizer its
-    state, the second is watched."""
+    """The bytes of a training step's parts, the optimizer's state being there."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[name](trained)
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-    with Ledger(device):
-        optimizer.step()
-    optimizer.zero_grad()
-    weights = [*model.parameters(), *model.buffers()]
-    # No list of the states: a step may put others in their place.
-    sizes = dict(
-        weights=_held(weights), gradients=0, optimizer=_held(_state(optimizer))
-    )
+    held = [*model.parameters(), *model.buffers(), *inputs.values()]
     with Ledger(device) as ledger:
-        ledger.enter([*weights, *_state(optimizer), *inputs.values()])
+        ledger.enter(held)
         _loss(model, inputs).backward()
-        sizes["gradients"] = _held(p.grad for p in trained)
-        if (name, device) != ("adamw", "cuda"):  # fused: it makes no tensor at all
+    with Ledger(device):
+        optimizer.step()  # gives the state
+    weights, gradients = _held(held[: -len(inputs)]), _held(p.grad for p in trained)
+    # No list of the states: a step may put others in their place.
+    state = _held(_state(optimizer))
+    peak = ledger.peak + state
+    if (name, device) != ("adamw", "cuda"):  # fused: it makes no tensor at all
+        with Ledger(device) as ledger:
+            ledger.enter([*held, *(p.grad for p in trained), *_state(optimizer)])
             optimizer.step()
-        peak = ledger.peak
+        peak = max(peak, ledger.peak)
+    sizes = dict(weights=weights, gradients=gradients, optimizer=state)
     return sizes | dict(activations=peak - sum(sizes.values()), total=peak)
 
 
@@ -312,10 +327,13 @@ def _inputs(model, batch, seq):
         return torch.zeros(*shape, dtype=torch.long, device="meta")
 
     inputs = dict(input_ids=ids(batch, seq))
-    one = type(model).__name__.endswith("ForSequenceClassification")
+    one = ("ForSequenceClassification", "ForNextSentencePrediction")
+    one = type(model).__name__.endswith(one)
     if one and model.config.problem_type is None:
         model.config.problem_type = "single_label_classification"  # not for it to guess
-    if "labels" in takes:
+    if one and model.config.problem_type == "multi_label_classification":
+        inputs["labels"] = ids(batch, model.config.num_labels).float()
+    elif "labels" in takes:
         inputs["labels"] = ids(batch) if one else ids(batch, seq)
     elif "start_positions" in takes:
         inputs |= dict(start_positions=ids(batch), end_positions=ids(batch))
@@ -342,6 +360,8 @@ def _as_on(device):
             patch(functional, "dropout", swap)
         # It sums and compares; the ledger knows an answer to `all` alone.
         patch(masking_utils, "fast_all", torch.all, create=True)
+        # On meta it is there for bfloat16 alone; experts share the tokens evenly.
+        patch(functional, "grouped_mm", _grouped_mm, create=True)
         # A weight is unpacked piece by piece; the second piece takes as much as any.
         patch(nf4, "range", lambda *a: range(*a)[:2], create=True)
         yield
@@ -378,6 +398,11 @@ def _dropout(original, input, p=0.5, training=True, inplace=False):
     if inplace or not (input.is_meta and training and p):
         return original(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
+
+
+def _grouped_mm(x, weights, offs=None, **more):
+    """A mixture's product, (n, in) and (experts, in, out) -> (n, out): of that size."""
+    return x @ weights[0]
 
 
 @contextlib.contextmanager
@@ -443,8 +468,8 @@ def _read(path):
     from transformers import CONFIG_MAPPING, __version__
 
     try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf8"), object_hook=_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {_line(error)}") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(kind, str):
@@ -460,6 +485,11 @@ def _read(path):
     content.pop("quantization_config", None)  # the method says what is packed
     with _quiet(), _one_sentence(f"{path} is not a valid config"):
         return CONFIG_MAPPING[kind].from_dict(content)
+
+
+def _number(content):
+    """JSON has no infinity; transformers writes {"__float__": "Infinity"}."""
+    return float(content["__float__"]) if [*content] == ["__float__"] else content
 
 
 def _shapes():
