@@ -35,7 +35,8 @@ the names that bitsandbytes gives them and transformers finds in a checkpoint:
 
 Only safetensors are read or written, never pickle. A setting that would change numbers
 and that we do not support is refused by its name. Files are written beside their target
-and renamed, so a crash leaves the old adapter whole. Held against peft 0.21.
+and renamed: a crash leaves the old adapter, or none, never a mix. Held against peft
+0.21.
 """
 
 import json
@@ -257,7 +258,8 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
     that are packed there become `nf4.NF4Linear`; the rest is copied in the model's
     dtype. compute_dtype: as in `nf4.NF4Linear`; the file does not say. Raises
     ValueError, the model unchanged, for a missing, unexpected, broken or wrong-shaped
-    entry, a setting that we do not have, and a model on the meta device."""
+    entry, one that is NaN or past the model's dtype, a setting that we do not have, and
+    a model on the meta device."""
     for name, t in tensors.items() if isinstance(tensors, dict) else [(None, tensors)]:
         dense = torch.is_tensor(t) and t.layout == torch.strided and not t.is_meta
         if not isinstance(name, str) or not dense:
@@ -292,6 +294,10 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
         if name in rest and _kind(rest[name]) != _kind(own[name]):
             kinds = f"{rest[name].dtype} here, {own[name].dtype} in the model"
             raise ValueError(f"{name}: its dtype is {kinds}")
+    for name, t in rest.items():
+        cast = t.to(own[name].dtype)
+        if cast.isnan().any() or (cast.isinf() & t.isfinite()).any():
+            raise ValueError(f"{name}: it is NaN, or too large for {cast.dtype}")
     with torch.no_grad():
         for name, t in rest.items():
             own[name].copy_(t)
@@ -511,16 +517,22 @@ def _method_of(config):
 
 
 def _write(folder, tensors, config):
-    """Write both files beside their targets, then rename both; clean up in any case."""
+    """Write both files beside their targets, then rename both; clean up in any case.
+    The old config goes aside first: new weights never stand under it."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS, CONFIG)}
+    old = folder / f".{CONFIG}.{os.getpid()}.old"
     try:
         save_file(tensors, fresh[WEIGHTS], {"format": "pt"})
         fresh[CONFIG].write_text(config, encoding="utf8")
+        if (folder / CONFIG).exists():
+            os.replace(folder / CONFIG, old)
         for name, path in fresh.items():
             os.replace(path, folder / name)
     finally:
-        for path in fresh.values():
+        if old.exists() and fresh[WEIGHTS].exists():
+            os.replace(old, folder / CONFIG)
+        for path in (*fresh.values(), old):
             path.unlink(missing_ok=True)
 
 
@@ -628,7 +640,10 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         raise ValueError(f"{path}: the absmax are in another type than the dynamic one")
     codes = found.pop("", torch.empty(0)).contiguous().view(-1).view(torch.uint8)
     own = {"codes": codes.view(-1, 1), "offset": offset}
-    own |= {name: found.pop(key, None) for name, key in KEYS.items()}
+    plain = () if nested else ("nested_absmax",)
+    own |= {
+        name: found.pop(key, None) for name, key in KEYS.items() if name not in plain
+    }
     if found:
         raise ValueError(f"{path}.weight: {min(found)!r} is nothing that we know")
     for name, want in layer.state_dict().items():
@@ -637,10 +652,12 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
             raise ValueError(f"{path}.weight: {KEYS.get(name, name)} is missing or odd")
         if not t.isfinite().all():
             raise ValueError(f"{path}.weight: {KEYS.get(name, name)} is not finite")
+        if "absmax" in name and t.min() < 0:
+            raise ValueError(f"{path}.weight: {KEYS[name]} is a magnitude below zero")
     if not torch.allclose(own["code"].cpu(), code, atol=1e-6):
         raise ValueError(f"{path}.weight: its values are not {about['quant_type']}'s")
     own = {
-        name: t.to(base.weight.device, copy=True)
+        name: t.detach().to(base.weight.device, copy=True)
         for name, t in own.items()
         if t is not None
     }

@@ -362,6 +362,33 @@ def test_a_crash_while_writing_leaves_the_old_adapter_whole(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_crash_between_two_files_never_leaves_a_mix(done, tmp_path, monkeypatch):
+    model, really, moves = trained(MODELS["llama"]()), os.replace, []
+    interop.save(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    jiggle(lora.state_dict(model).values())
+
+    def replace(source, target):
+        if len(moves) == done:
+            raise KeyboardInterrupt
+        moves.append(target)
+        really(source, target)
+
+    # As if the machine stopped: what would clean up does not run either.
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        interop.save(model, tmp_path)
+    monkeypatch.undo()
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    if CONFIG in after:
+        assert before.items() <= after.items()
+    else:
+        with pytest.raises(ValueError, match=f"no {CONFIG}"):
+            interop.load(MODELS["llama"](), tmp_path)
+
+
 @pytest.mark.parametrize(
     "case, settings",
     [

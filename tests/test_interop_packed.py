@@ -231,6 +231,10 @@ def packed_twin():
     return interop.packed_state_dict(nn.Sequential(pack(linear(), nested=True)))
 
 
+def single():
+    return interop.packed_state_dict(nn.Sequential(pack(linear(), nested=False)))
+
+
 def changed(**entries):
     """A good file with entries replaced (None: left out)."""
     tensors = packed_twin() | {f"0.weight.{k}": t for k, t in entries.items()}
@@ -294,6 +298,19 @@ BAD_FILES = {
     "a type that it is not": lambda: state(quant_type="fp4"),
     "a type that is not there": lambda: state(quant_type="int8"),
     "infinite scales": lambda: changed(nested_absmax=torch.full((1,), torch.inf)),
+    "negative scales": lambda: changed(nested_absmax=torch.full((1,), -1.0)),
+    "negative absmax": lambda: (
+        single() | {"0.weight.absmax": -single()["0.weight.absmax"]}
+    ),
+    "a nested absmax too many": lambda: (
+        single() | {"0.weight.nested_absmax": torch.ones(1)}
+    ),
+    "a bias that is NaN": lambda: (
+        packed_twin() | {"0.bias": torch.full((96,), torch.nan)}
+    ),
+    "a bias past float32": lambda: (
+        packed_twin() | {"0.bias": torch.full((96,), 1e300, dtype=torch.float64)}
+    ),
     "a state of one number": lambda: (
         packed_twin() | {f"0.weight{JSON}": torch.tensor(2**60)}
     ),
