@@ -86,7 +86,7 @@ class Adam8bit(torch.optim.Optimizer):
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         pairs = [(p, group) for p, group in pairs if p.grad is not None]
         for p, _ in pairs:
-            if p.grad.is_sparse or p.is_complex() or p.dtype == torch.float64:
+            if p.grad.is_sparse or p.is_complex() or p.itemsize not in (2, 4):
                 raise ValueError("Adam8bit takes dense real gradients of 16 or 32 bits")
             if p.numel() and not p.grad.abs().max() < 1e18:
                 raise ValueError("a gradient is NaN or above 1e18: skip this step")

@@ -238,6 +238,31 @@ def refuses_s(reference, model, s, match):
     assert_unchanged(model, before)
 
 
+class Lends(nn.Module):
+    """A linear's or a norm's weight is read outside its layer."""
+
+    def __init__(self, lends):
+        super().__init__()
+        self.norm, self.linear, self.lends = nn.LayerNorm(8), nn.Linear(8, 16), lends
+
+    def forward(self, x):
+        y = self.linear(self.norm(x))
+        if self.lends == "linear":
+            return nn.functional.linear(y, self.linear.weight.T)
+        return y.sum(-1, keepdim=True) + x * self.norm.weight
+
+
+def test_a_weight_that_is_read_outside_its_layer_is_refused(reference):
+    for lends in ("linear", "norm"):
+        model = Lends(lends)
+        before = snapshot(model)
+        words = f"the weight of {lends} is also read by"
+        with pytest.raises(ValueError, match=words) as error:
+            reference.scale_channels(model, 2.0, [1], inputs=torch.randn(4, 8))
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+
+
 FORMULA = 'fresh[f"{reader}.weight"] = m.weight, m.weight / fits'
 MUTATIONS = {
     "the columns are multiplied": (
@@ -283,7 +308,7 @@ MUTATIONS = {
     ),
     "functions are not watched": (
         test_berts_norms_are_refused_as_the_residual_reads_them,
-        {"if not self.inside and func not in SHAPE:": "if False:"},
+        {"if self.inside not in self.linears:": "if False:"},
     ),
     "the caller is not watched": (
         test_a_norm_that_anything_else_reads_is_refused,
@@ -308,6 +333,10 @@ MUTATIONS = {
     "overflow passes": (
         test_what_the_dtype_cannot_hold_is_refused,
         {"not new.isfinite().all() or ": ""},
+    ),
+    "weights are not watched": (
+        test_a_weight_that_is_read_outside_its_layer_is_refused,
+        {"for path in read - {None, self.inside}:": "for path in ():"},
     ),
     "underflow passes": (
         test_what_the_dtype_cannot_hold_is_refused,
@@ -346,6 +375,11 @@ BAD = {
     "a channel too high": (dict(channels=[3, 32]), "numbers from 0 to 31"),
     "a channel below zero": (dict(channels=[-1]), "numbers from 0 to 31"),
     "a channel is a float": (dict(channels=[1.0]), "numbers from 0 to 31"),
+    "channels is a number": (dict(channels=1), "must be a list of whole numbers"),
+    "no channels at all": (dict(channels=None), "must be a list of whole numbers"),
+    "inputs is a text": (dict(inputs="a line"), "a tensor, or a dict of tensors"),
+    "a list of inputs": (dict(inputs=[1, 2]), "a tensor, or a dict of tensors"),
+    "a norm by its number": (dict(norms=[0]), "norms must be a list of names"),
     "no norms": (dict(norms=[]), "norms must be a list of names"),
     "norms is one string": (dict(norms="input_layernorm"), "must be a list of names"),
     "an unknown norm": (dict(norms=["ln_1"]), "no norm is named 'ln_1'; there are: in"),
@@ -406,6 +440,8 @@ def test_the_figures_follow_from_the_stored_runs(stored):
     seen = {k: f["value"] for k, f in kept.items() if "largest" in k or "moved" in k}
     again = sweep.derive(stored["runs"], stored["linears"], seen)
     again["rate"] = dict(value=stored["best"], tolerance=0)
+    shares = [sweep.blocks(seed) for seed in sweep.SEEDS]
+    again["shrunken.blocks"] = dict(value=sum(shares) / len(shares))
     assert again.keys() == kept.keys()
     for key, figure in again.items():
         assert figure["value"] == pytest.approx(kept[key]["value"], abs=1e-6), key

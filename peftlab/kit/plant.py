@@ -12,10 +12,10 @@ outliers, with $s < 1$ the weights do: their columns grow. In real numbers the f
 is the same for every $s$; in floating point to the bit where $s$ is a power of two,
 else within rounding.
 
-That holds only where nothing but these linears reads the norm's output. So a forward
-pass is watched to find its readers, and a norm that anything else reads is refused:
-BERT adds its norms' output to the residual. What is measured on such a model is always
-called planted.
+That holds only where nothing but these linears reads the norm's output, and nothing but
+their layers the weights. So a forward pass is watched to find the readers, and a norm
+that anything else reads is refused: BERT adds its norms' output to the residual. What
+is measured on such a model is always called planted.
 """
 
 import math
@@ -44,6 +44,8 @@ def scale_channels(model, s, channels, norms=None, inputs=None):
     but plain linears, such as packed ones."""
     if isinstance(s, bool) or not isinstance(s, int | float) or not 0 < s < math.inf:
         raise ValueError(f"s must be a positive number, not {s!r}")
+    if not isinstance(channels, list | tuple | range | set):
+        raise ValueError(f"channels must be a list of whole numbers, not {channels!r}")
     found, refused = _examine(model, inputs)
     chosen = _choose(found, refused, norms)
     fresh = {}
@@ -93,7 +95,8 @@ def _choose(found, refused, norms):
         raise ValueError(f"no norm here is read by linears alone ({why})")
     if norms is None:
         return list(found)
-    if not isinstance(norms, list | tuple | set) or not norms:
+    named = isinstance(norms, list | tuple | set) and all(type(n) is str for n in norms)
+    if not named or not norms:
         raise ValueError(f"norms must be a list of names, not {norms!r}")
     every, chosen = {**found, **refused}, []
     for name in norms:
@@ -113,9 +116,13 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.made, self.inside = {}, False  # {id of an output: (the norm, the output)}
+        self.made, self.inside = {}, None  # {id of an output: (the norm, the output)}
         self.calls, self.others = {}, {}  # by norm: its first call; what else reads it
         self.linears, self.handles = {}, []  # by linear: the norms that it reads
+        self.owners, self.lent = (
+            {},
+            {},
+        )  # by id of a weight; by owner: who else reads it
         for path, m in model.named_modules():
             if type(m) is nn.Linear or type(m).__name__ == "Conv1D":
                 self.linears[path] = set()
@@ -125,9 +132,11 @@ class _Watch(TorchFunctionMode):
                 before, after = self._other(kind), None
             elif getattr(m._parameters.get("weight"), "ndim", 0) == 1:
                 self.others[path] = []
-                before, after = None, self._note(path)
+                before, after = self._enter(path), self._note(path)
             else:
                 continue
+            if after:
+                self.owners |= {id(p): path for p in m._parameters.values()}
             if before:
                 handle = m.register_forward_pre_hook(before, with_kwargs=True)
                 self.handles.append(handle)
@@ -146,29 +155,40 @@ class _Watch(TorchFunctionMode):
     def _reads(self, path):
         def hook(module, args, kwargs):
             self.linears[path] |= self.sources((args, kwargs))
-            self.inside = True
+            self.inside = path
+
+        return hook
+
+    def _enter(self, path):
+        def hook(module, args, kwargs):
+            self.inside = path
 
         return hook
 
     def _leave(self, module, args, kwargs, output):
-        self.inside = False
+        self.inside = None
 
     def _other(self, what):
         return lambda module, args, kwargs: self.read(what, (args, kwargs))
 
     def _note(self, path):
         def hook(module, args, kwargs, output):
+            self.inside = None
             self.made[id(output)] = path, output  # kept, so that no other has its id
             self.calls.setdefault(path, (args, kwargs, output))
 
         return hook
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not self.inside and func not in SHAPE:
+        if func not in SHAPE:
             name = getattr(func, "__name__", str(func))
             if name == "__get__":  # of an attribute, such as T
                 name = func.__self__.__name__
-            self.read(f"`{name}` outside a linear", (args, kwargs))
+            if self.inside not in self.linears:
+                self.read(f"`{name}` outside a linear", (args, kwargs))
+            read = {self.owners.get(id(t)) for t in tree_leaves((args, kwargs))}
+            for path in read - {None, self.inside}:
+                self.lent[path] = f"`{name}` outside it"
         return func(*args, **(kwargs or {}))
 
 
@@ -178,12 +198,15 @@ def _examine(model, inputs):
     inputs = getattr(model, "dummy_inputs", None) if inputs is None else inputs
     if inputs is None:
         raise ValueError("give inputs to run the model on: it has no dummy_inputs")
+    named = isinstance(inputs, dict) or hasattr(inputs, "keys")
+    if not all(map(torch.is_tensor, inputs.values() if named else [inputs])):
+        raise ValueError("inputs must be a tensor, or a dict of tensors")
     watch, training = _Watch(model), [m for m in model.modules() if m.training]
     device = next((p.device for p in model.parameters()), "cpu")
     try:
         model.eval()
         with watch:
-            if isinstance(inputs, dict) or hasattr(inputs, "keys"):
+            if named:
                 out = model(**{k: v.to(device) for k, v in inputs.items()})
             else:
                 out = model(inputs.to(device))
@@ -220,6 +243,8 @@ def _why_not(model, watch, norm, mine):
             return f"{path} has no plain weight of floats"
         if len(shared := owners[weight.data_ptr()]) > 1:
             return f"{shared[0]} and {shared[1]} share one weight"
+        if path in watch.lent:
+            return f"the weight of {path} is also read by {watch.lent[path]}"
     if mixed := [p for p in mine if watch.linears[p] != {norm}]:
         return f"{mixed[0]} reads something else too"
     if not _doubles(model.get_submodule(norm), *watch.calls[norm]):
