@@ -5,6 +5,7 @@ QLoRA step beside peft's and an 8-bit Adam step. Ratios of seconds, ours over th
 the median of three repeats. What wins depends on the processor, so that the figures of
 each kind have a file of their own. Wants a quiet machine; five minutes on two cores."""
 
+import copy
 import functools
 import json
 import os
@@ -39,9 +40,9 @@ MEMORY = {
 WIDTHS = {512: 8, 1024: 4}  # of the Llama that takes QLoRA steps: turns
 VECTORS = torch.backends.cpu.get_cpu_capability()
 # On other processors a product in bfloat16 takes so long on the way back (`products`)
-# that nothing else counts beside it, in ours or in theirs.
-BFLOAT16 = VECTORS == "AVX512"
-BOTH, HALF = ("float32", "bfloat16"), ("bfloat16",)
+# that nothing else counts beside it, in ours or in theirs: there only float32 trains.
+TRAINED = [name for name in TYPES if VECTORS == "AVX512" or name == "float32"]
+BOTH = ("float32", "bfloat16")
 ROWS = [  # of the picture: its name, what the figures are called, of which types
     ("quantize to NF4", "quantize nf4, {}", BOTH),
     ("to FP4", "quantize fp4, {}", BOTH),
@@ -51,10 +52,10 @@ ROWS = [  # of the picture: its name, what the figures are called, of which type
     ("compiled", "dequantize compiled, {}, new", BOTH),
     ("unpack, memory kept", "dequantize, {}, kept", BOTH),
     ("compiled", "dequantize compiled, {}, kept", BOTH),
-    ("NF4Linear", "NF4Linear forward", HALF),
-    ("both ways", "NF4Linear both ways", HALF),
+    ("NF4Linear", "NF4Linear forward, {}", BOTH),
+    ("both ways", "NF4Linear both ways, {}", BOTH),
     ("Int8Linear", "Int8Linear forward", ("float16",)),
-    ("QLoRA step", "QLoRA step, 1024", HALF),
+    ("QLoRA step", "QLoRA step, 1024, {}", BOTH),
     ("Adam8bit step", "Adam8bit step", ("float32",)),
 ]
 SHOWN = {"AVX512": "with AVX512 and bfloat16", "AVX2": "AVX2 only"}
@@ -123,27 +124,31 @@ def timed(cases):
 def linears():
     """Forward, and forward and backward, 512 rows through a square linear."""
     torch.manual_seed(0)
-    base, cases = nn.Linear(2048, 2048, dtype=torch.bfloat16), {}
-    x = torch.randn(512, 2048, dtype=torch.bfloat16, requires_grad=True)
-    ours = nf4.NF4Linear(base)
-    theirs = bitsandbytes.nn.Linear4bit(
-        2048, 2048, compute_dtype=torch.bfloat16, quant_type="nf4"
-    )
-    theirs.load_state_dict(base.state_dict())
-    theirs = theirs.to("cpu").train()  # eval mode repacks the weight on some CPUs
-    there_and_back = lambda m: lambda: m(x).sum().backward()  # noqa: E731
+    plain, cases = nn.Linear(2048, 2048), {}
+    rows = torch.randn(512, 2048)
+    there_and_back = lambda m, x: lambda: m(x).sum().backward()  # noqa: E731
     forward = lambda m, x: lambda: m(x)  # noqa: E731
-    cases["NF4Linear forward"] = forward(ours, x), forward(theirs, x), 9
-    if BFLOAT16:
-        cases["NF4Linear both ways"] = there_and_back(ours), there_and_back(theirs), 9
-    x16 = x.detach().half()
+    for name, dtype in TYPES.items():
+        base, x = copy.deepcopy(plain).to(dtype), rows.to(dtype).requires_grad_()
+        ours = nf4.NF4Linear(base)
+        theirs = bitsandbytes.nn.Linear4bit(
+            2048, 2048, compute_dtype=dtype, quant_type="nf4"
+        )
+        theirs.load_state_dict(base.state_dict())
+        theirs = theirs.to("cpu").train()  # eval mode repacks the weight on some CPUs
+        both = [(forward(m, x), there_and_back(m, x)) for m in (ours, theirs)]
+        there, and_back = zip(*both, strict=True)
+        cases[f"NF4Linear forward, {name}"] = *there, 9
+        if name in TRAINED:
+            cases[f"NF4Linear both ways, {name}"] = *and_back, 9
+    base, x16 = plain.half(), rows.half()
     x16[:, 7] *= 40  # a column above the threshold
     theirs = bitsandbytes.nn.Linear8bitLt(
         2048, 2048, has_fp16_weights=False, threshold=6.0
     )
-    theirs.load_state_dict(base.half().state_dict())
+    theirs.load_state_dict(base.state_dict())
     theirs = theirs.to("cpu").eval()
-    ours = int8.Int8Linear(base.half(), threshold=6.0)
+    ours = int8.Int8Linear(base, threshold=6.0)
     cases["Int8Linear forward"] = forward(ours, x16), forward(theirs, x16), 9
     return cases
 
@@ -160,23 +165,23 @@ def products():
     }
 
 
-def qlora_steps(width):
-    """A QLoRA step of a two-layer Llama in bfloat16, doubly quantized, r=8."""
-    model = llama(width).bfloat16()
+def qlora_steps(width, dtype):
+    """A QLoRA step of a two-layer Llama in a dtype, doubly quantized, r=8."""
+    model = llama(width).to(dtype)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         twin = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+            folder, quantization_config=settings, device_map="cpu", dtype=dtype
         )
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=ALL, **TASK)
     twin = peft.get_peft_model(twin.train(), config)
-    ours = qlora.add(model, ALL, r=8).train()
+    ours = qlora.add(model, ALL, r=8, compute_dtype=dtype).train()
     torch.manual_seed(1)
     tokens = torch.randint(0, 1024, (8, 64))
     return [step(m, tokens, optimizer("LoRA", "", m)) for m in (ours, twin)]
@@ -202,10 +207,13 @@ def once():
     for memory, variables in MEMORY.items():
         for name, times in unpacking_apart(variables).items():
             found[f"{name}, {memory}"] = times
-    for width, turns in WIDTHS.items() if BFLOAT16 else ():
-        both = dict(zip(("ours", "theirs"), qlora_steps(width), strict=True))
-        found[f"QLoRA step, {width}"] = measure.step_times(both, turns, warmup=2)
-        peaks[str(width)] = {who: measure.peak_memory(s) for who, s in both.items()}
+    for name in TRAINED:
+        for width, turns in WIDTHS.items():
+            steps = qlora_steps(width, TYPES[name])
+            both = dict(zip(("ours", "theirs"), steps, strict=True))
+            key = f"{width}, {name}"
+            found[f"QLoRA step, {key}"] = measure.step_times(both, turns, warmup=2)
+            peaks[key] = {who: measure.peak_memory(s) for who, s in both.items()}
     three = dict(zip(("ours", "theirs", "torch"), adam_steps(), strict=True))
     found["Adam8bit step"] = measure.step_times(three, 5, warmup=2)
     return dict(seconds=found, peak=peaks)
@@ -222,9 +230,9 @@ def derive(repeats):
             figures[f"{name}, rate"] = spread(rate, max(rate))
     times = [r["seconds"]["Adam8bit step"] for r in repeats]
     figures["Adam8bit step, AdamW"] = spread([t["ours"] / t["torch"] for t in times], 1)
-    for width in repeats[0]["peak"]:
-        peaks = [r["peak"][width]["ours"] / r["peak"][width]["theirs"] for r in repeats]
-        figures[f"QLoRA peak, {width}"] = spread(peaks, 0.1)
+    for key in repeats[0]["peak"]:
+        peaks = [r["peak"][key]["ours"] / r["peak"][key]["theirs"] for r in repeats]
+        figures[f"QLoRA peak, {key}"] = spread(peaks, 0.1)
     return figures
 
 

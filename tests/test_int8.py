@@ -266,6 +266,17 @@ def test_signs_and_scales_leave_the_codes_alone(int8, x, how, power):
 # The laws of LLM.int8()
 
 
+def test_outlier_columns_meet_weights_rounded_to_their_dtype(int8):
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        layer = int8.Int8Linear(nn.Linear(64, 32, bias=False).to(dtype))
+        x = torch.zeros(3, 64, dtype=dtype)
+        x[:, 5] = torch.tensor([50.0, 37.0, 50.0])  # nothing but one outlier column
+        w = layer.weight[:, 5].to(dtype)
+        want = (x[:, 5:6].float() @ w.float()[None]).to(dtype)
+        assert torch.equal(layer(x), want), dtype
+
+
 def test_columns_with_a_large_value_are_taken_out(int8):
     x = activations()
     x[4, 9], x[5, 11] = 6.0, 5.999  # the first reaches the threshold
@@ -834,6 +845,10 @@ QUIET = "with torch.autocast(x.device.type, enabled=False):"
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
+    "outlier columns meet weights in float32": (
+        test_outlier_columns_meet_weights_rounded_to_their_dtype,
+        {"absmax, x.dtype))": "absmax, torch.float32))"},
+    ),
     "one input goes the library's wrong way": (
         EXACT,
         {" if len(b.T) > 1 else a.int() * b.T": ""},

@@ -112,6 +112,15 @@ def test_another_storage_type_is_the_same_bytes():
     assert torch.equal(layer.weight, pack(base).weight)
 
 
+def test_a_loaded_layer_has_its_own_memory():
+    tensors = {k: t.clone() for k, t in packed_twin().items()}
+    model = interop.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)
+    before = model[0].weight.clone()
+    for t in tensors.values():
+        t.zero_()
+    assert torch.equal(model[0].weight, before) and before.any()
+
+
 @pytest.mark.parametrize("name", [*MODELS, "t5"])
 def test_a_whole_model_goes_round(name):
     build = {**MODELS, "t5": t5}[name]

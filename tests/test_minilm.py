@@ -130,6 +130,14 @@ def test_what_means_the_same_is_near_and_what_does_not_is_far(minilm):
     assert far.max() < 0.3, f"unrelated sentences are near: {cosine}"
 
 
+def test_a_long_text_is_cut_to_what_the_model_reads(minilm):
+    model, tokenizer = minilm
+    batch = tokenizer("euro " * 2000, truncation=True, return_tensors="pt")
+    assert batch["input_ids"].shape == (1, 512)
+    with torch.no_grad():
+        assert model(**batch).last_hidden_state.isfinite().all()
+
+
 def test_padding_changes_nothing(minilm):
     alone = embed(minilm, ["A short line."])
     beside = embed(minilm, ["A short line.", "A line that is quite a bit longer."])

@@ -1038,6 +1038,17 @@ def test_autocast_rounds_as_it_does_a_plain_linear(nf4):
     assert x.grad.dtype == torch.float32 and near(x.grad, layer.weight.sum(0), 2**-7)
 
 
+def test_under_autocast_the_way_back_is_in_the_inputs_dtype(nf4):
+    layer = nf4.NF4Linear(plain())
+    x, grad = randn(9, 64).requires_grad_(), randn(9, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(grad)
+    # The product came out in bfloat16, so its gradient is rounded; W is not.
+    want = grad.bfloat16().float() @ layer.weight
+    assert near(x.grad, want, 1e-5)
+
+
 def test_a_cast_of_the_model_rounds_no_absmax(nf4):
     casts = (
         nn.Module.half,
@@ -1419,7 +1430,12 @@ COMPILED = test_a_compiled_dequantize_agrees_to_the_bit
 READ = test_reading_the_weight_unpacks_it_anew_and_marks_it
 
 # {what is broken: (the law that goes red, {text: text in its place})}
+WAY_BACK = "grad @ dequantize(ctx.q, grad.dtype)"
 MUTATIONS = {
+    "the way back is in the gradient's dtype": (
+        test_under_autocast_the_way_back_is_in_the_inputs_dtype,
+        {"grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype)": WAY_BACK},
+    ),
     "the offset has more digits": (VALUES, {"0.9677083": "0.96770833333"}),
     "the quantiles are in float32": (
         VALUES,
