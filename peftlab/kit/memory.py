@@ -189,15 +189,14 @@ def _check_length(model, seq):
     """ValueError where the model has fewer positions than that, and where it would find
     out only with data; no T5 has a limit."""
     parts = ["text_config", "text_encoder", "encoder", "decoder"]
-    config = model.config
-    configs = [config, *(getattr(config, part, None) for part in parts)]
+    configs = [model.config, *(getattr(model.config, part, None) for part in parts)]
     limits = []
-    for heads, shared, *most in (_numbers(config) for config in configs):
+    for heads, shared, *positions in map(_numbers, configs):
         if heads and shared and heads % shared:
             raise ValueError(
                 f"{heads} attention heads cannot share {shared} keys and values"
             )
-        limits += filter(None, most)
+        limits += filter(None, positions)
     most = min(limits, default=seq)
     for name, m in model.named_modules():
         # RoBERTa's table starts with the padding's row, and the text comes after it.
@@ -327,8 +326,8 @@ def _inputs(model, batch, seq):
         return torch.zeros(*shape, dtype=torch.long, device="meta")
 
     inputs = dict(input_ids=ids(batch, seq))
-    one = ("ForSequenceClassification", "ForNextSentencePrediction")
-    one = type(model).__name__.endswith(one)
+    tasks = ("ForSequenceClassification", "ForNextSentencePrediction")
+    one = type(model).__name__.endswith(tasks)
     if one and model.config.problem_type is None:
         model.config.problem_type = "single_label_classification"  # not for it to guess
     if one and model.config.problem_type == "multi_label_classification":

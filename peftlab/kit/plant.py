@@ -119,10 +119,8 @@ class _Watch(TorchFunctionMode):
         self.made, self.inside = {}, None  # {id of an output: (the norm, the output)}
         self.calls, self.others = {}, {}  # by norm: its first call; what else reads it
         self.linears, self.handles = {}, []  # by linear: the norms that it reads
-        self.owners, self.lent = (
-            {},
-            {},
-        )  # by id of a weight; by owner: who else reads it
+        self.owners = {}  # by id of a weight: its layer
+        self.lent = {}  # by layer: what else reads its weight
         for path, m in model.named_modules():
             if type(m) is nn.Linear or type(m).__name__ == "Conv1D":
                 self.linears[path] = set()
