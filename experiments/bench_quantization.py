@@ -30,8 +30,8 @@ from tools.figures import refresh_pages, save_picture
 SIDE = 4096  # of the weight that is packed: 16.8 million
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Whether the memory of an answer of 32 or 64 MB comes from the system each time or is
-# used again: to get it takes longer than to unpack into it. Left alone, malloc gets 64
-# MB anew, and 32 MB, where its limit lies, in some processes and not in others.
+# used again: to get it takes longer than to unpack into it. Left alone, malloc gives
+# either, and in some processes new memory to one of the two and used to the other.
 KEEP = dict(MALLOC_TRIM_THRESHOLD_=str(2**34))  # what lies below the limit
 MEMORY = {
     "new": KEEP | dict(MALLOC_MMAP_THRESHOLD_=str(2**24)),

@@ -109,9 +109,10 @@ def dequantize(q, dtype=None):
     else:
         out = absmax.new_empty(n, q.blocksize, dtype=dtype or q.dtype)
         step, pairs = CHUNK // q.blocksize, pairs.view(torch.int64).T
-        for at in (slice(i, i + step) for i in range(0, n, step)):
-            x = pairs.expand(len(rows[at]), 256).gather(1, rows[at].long())
-            torch.mul(x.view(torch.float32), absmax[at], out=out[at])
+        for r, c, o in zip(*(x.split(step) for x in (rows, absmax, out)), strict=True):
+            x = o.view(torch.int64) if out.dtype == torch.float32 else None
+            x = torch.gather(pairs.expand(len(r), 256), 1, r.long(), out=x)
+            torch.mul(x.view(torch.float32), c, out=o)
     return out.view(-1)[: q.shape.numel()].view(q.shape)
 
 

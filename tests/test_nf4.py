@@ -1398,6 +1398,7 @@ MEAN = "whole = absmax.mean() if double_quant"
 MIDDLE = "(levels[1:] + levels[:-1]) / 2"
 ORDER = "order.to(x.device, torch.uint8).take(near.long())"
 NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
+PIECES = "zip(*(x.split(step) for x in (rows, absmax, out)), strict=True)"
 TABLE = "pairs = torch.cartesian_prod(q.code, q.code)"
 THERE = "return x @ dequantize(q, x.dtype).T"
 BACK = "grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None"
@@ -1514,11 +1515,11 @@ MUTATIONS = {
     ),
     "only the first piece is unpacked": (
         LARGE,
-        {"range(0, n, step)": "range(0, 1, step)"},
+        {PIECES: "[[x[:step] for x in (rows, absmax, out)]]"},
     ),
     "absmax is always that of the first piece": (
         LARGE,
-        {"absmax[at], out=out[at]": "absmax[: len(x)], out=out[at]"},
+        {"float32), c, out=o": "float32), absmax[: len(r)], out=o"},
     ),
     "the high half of a byte comes last": (
         SAME,
