@@ -1,7 +1,7 @@
 r"""NF4 and other 4-bit types: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3.
 
-A block of 64 weights keeps its largest magnitude, absmax $c$, and for each the index of
-the nearest of 16: $w \approx c\,\mathrm{code}_i$, $i=\arg\min_j |w/c-\mathrm{code}_j|$.
+A block of 64 weights keeps its largest magnitude, the absmax $c$, and for each weight
+$w$ the index $i$ of the nearest of 16 values to $w/c$: $w \approx c\,\mathrm{code}_i$.
 
 Double quantization packs the absmax too, less their mean, in blocks of 256, to an 8-bit
 type (the library's; the paper has 8-bit floats). It leaves 4.127 of 4.5 bits a weight.
