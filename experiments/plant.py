@@ -15,7 +15,7 @@ import statistics
 import torch
 
 from experiments.common import BASES, records, store, sweep
-from peftlab import lora, nf4, qlora
+from peftlab import nf4, qlora, surgery
 from peftlab.int8 import Int8Linear
 from peftlab.kit import measure, plant, plot, zoo
 from peftlab.kit.results import share, table, where
@@ -55,8 +55,8 @@ def planted(name, seed):
 
 def replaced(model, method):
     """The model with every linear but the head replaced by the method's."""
-    linears = lora._select(model, "all-linear")
-    lora._replace(model, {linear: LAYERS[method](linear) for linear in linears})
+    linears = surgery.select(model, "all-linear")
+    surgery.swap(model, {linear: LAYERS[method](linear) for linear in linears})
     return model
 
 

@@ -11,7 +11,7 @@ import copy
 import torch
 
 from experiments.common import BASES, records, store, sweep
-from peftlab import int8, lora, nf4, qlora
+from peftlab import int8, lora, nf4, qlora, surgery
 from peftlab.kit import measure, plot, zoo
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
@@ -99,7 +99,7 @@ def weights(model, change=True):
     """All linears' weights but the head's in a row, with s B A or without."""
     above = {m.base: m for m in model.modules() if isinstance(m, lora.LoRALinear)}
     rows = []
-    for m in lora._select(model, "all-linear"):
+    for m in surgery.select(model, "all-linear"):
         packed = isinstance(m, nf4.NF4Linear)
         weight = nf4.dequantize(m, torch.float32) if packed else m.weight
         rows.append(weight.double())
@@ -113,7 +113,7 @@ def rounding():
     """{key: number}: bits a weight from real bytes, and RMS errors over the RMS of the
     weights, of tiny-decoder's linears and of normal numbers; how often these have the
     values at NF4's zero and ends, and where those ends lie."""
-    plain = lora._select(zoo.load("tiny-decoder", device="cpu")[0], "all-linear")
+    plain = surgery.select(zoo.load("tiny-decoder", device="cpu")[0], "all-linear")
     own = [m.weight.detach() for m in plain]
     dice = torch.Generator().manual_seed(0)
     sets = dict(model=own, normal=[torch.randn(2**20, generator=dice)])

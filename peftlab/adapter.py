@@ -30,6 +30,8 @@ import re
 import torch
 from torch import nn
 
+from . import surgery
+
 READS = {  # u, from the sub-layer's output h, its input x and the norm that follows
     "houlsby": lambda h, x, norm: h,
     "pfeiffer": lambda h, x, norm: norm(h + x),
@@ -130,13 +132,7 @@ def state_dict(model, name=None, keep_vars=False):
 def load_state_dict(model, tensors, name=None):
     """Copy {path: tensor}, as `state_dict` gives it, into the adapter `name`, or into
     all. ValueError, nothing copied, for a missing or unexpected path, a wrong shape."""
-    own = state_dict(model, name)
-    for path in sorted(own.keys() | tensors.keys()):
-        got, want = (str(getattr(d.get(path), "shape", None)) for d in (tensors, own))
-        if got != want or path not in own:
-            raise ValueError(f"{path}: its shape is {got} here, {want} in the model")
-    for path, t in own.items():
-        t.copy_(tensors[path])
+    surgery.load(state_dict(model, name), tensors)
 
 
 def _places(model):

@@ -22,6 +22,8 @@ task's new head; that is yours to unfreeze.
 import torch
 from torch import nn
 
+from . import surgery
+
 
 def add(model, create=False, targets=None):
     """Freeze `model` but for its biases, in place, and return it.
@@ -34,7 +36,7 @@ def add(model, create=False, targets=None):
     _refuse_twice(model)
     named, linears = targets is not None, []
     if named or create:
-        linears = _select(model, targets if named else "all-linear")
+        linears = surgery.select(model, targets if named else "all-linear")
     bare = [m for m in linears if m.bias is None]
     if bare and not create:
         path = next(p for p, m in model.named_modules() if m is bare[0])
@@ -74,13 +76,7 @@ def state_dict(model, keep_vars=False):
 def load_state_dict(model, tensors):
     """Copy {name: tensor}, as `state_dict` gives it, into the model. Raises ValueError,
     nothing copied, for a missing or unexpected name or a wrong shape."""
-    own = state_dict(model)
-    for name in sorted(own.keys() | tensors.keys()):
-        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
-        if got != want or name not in own:
-            raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
-    for name, t in own.items():
-        t.copy_(tensors[name])
+    surgery.load(state_dict(model), tensors)
 
 
 def merge(model):
@@ -106,32 +102,3 @@ def _train(model, chosen):
     ids = {id(p.requires_grad_(True)) for p in chosen}
     model.bitfit = tuple(n for n, p in model.named_parameters() if id(p) in ids)
     return model
-
-
-def _shape(m):
-    """(out, in) of a linear, else None; GPT-2's Conv1D has its weight as (in, out)."""
-    conv = type(m).__name__ == "Conv1D"
-    sides = tuple(getattr(m, f"{side}_features", None) for side in ("out", "in"))
-    return m.weight.shape[::-1] if conv else sides if all(sides) else None
-
-
-def _select(model, targets):
-    """The linears that `targets` name; ValueError unless each target matches one."""
-    paths = {f".{path}": m for path, m in model.named_modules() if path}
-    linears = {p: m for p, m in paths.items() if _shape(m)}
-    if targets == "all-linear":
-        sizes = {(n, p.dim()): p.numel() for n, p in model.named_parameters()}
-        if fused := sum(k for (n, d), k in sizes.items() if "expert" in n and d == 3):
-            share = f"{fused / sum(sizes.values()):.0%} of the weights"
-            raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
-        linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
-        targets = [p[1:] for p in linears]
-    if not isinstance(targets, list | tuple | set) or not targets:
-        raise ValueError(f'targets: a list of names or "all-linear", not {targets!r}')
-    if lost := [t for t in targets if not any(p.endswith(f".{t}") for p in linears)]:
-        names = ", ".join(sorted({p.rpartition(".")[2] for p in linears}))
-        raise ValueError(f"no linear layer is named {lost}; there are: {names}")
-    return [m for p, m in linears.items() if any(p.endswith(f".{t}") for t in targets)]

@@ -18,133 +18,105 @@ vector rescales the bias too; the paper's T5 has none. Not here: the paper's los
 import torch
 from torch import nn
 
+from . import surgery
+
 
 class IA3Linear(nn.Module):
     """Holds a frozen linear `base` and rescales what it returns, or what goes in."""
 
     def __init__(self, base, feedforward):
         super().__init__()
-        self.base, self.feedforward = base, feedforward
-        (n_out, n_in), w = _shape(base), base.weight
-        ones = torch.ones((1, n_in) if feedforward else (n_out, 1), device=w.device)
-        self.ia3_l = nn.Parameter(ones.to(torch.promote_types(w.dtype, ones.dtype)))
+        self.base = base
+        self.feedforward = feedforward
+        n_out, n_in = surgery.shape(base)
+        shape = (1, n_in) if feedforward else (n_out, 1)
+        self.ia3_l = nn.Parameter(torch.ones(shape, **surgery.like(base)))
 
-    weight = property(lambda self: self.base.weight)  # T5 asks a layer for its dtype
+    @property
+    def weight(self):  # T5 asks a layer for its dtype
+        return self.base.weight
 
     def forward(self, x):  # (..., in) -> (..., out)
         scale = self.ia3_l.flatten()
-        y = self.base((x * scale).to(x.dtype) if self.feedforward else x)
-        return y if self.feedforward else (y * scale).to(y.dtype)
+        if self.feedforward:
+            return self.base((scale * x).to(x.dtype))
+        y = self.base(x)
+        return (scale * y).to(y.dtype)
 
 
 def add(model, targets, feedforward=()):
     """Freeze `model`, put a vector on its target layers in place, and return it.
-    targets: names of linear layers, each a full path or a dotted suffix ("k_proj"), or
-    "all-linear". feedforward: those rescaled on their input side ("down_proj"), also in
-    targets (peft) or not. ValueError, unchanged, for no match and for IA3 twice."""
-    if any(isinstance(m, IA3Linear) for m in model.modules()):
-        raise ValueError("the model carries IA3 already: merge it first")
-    inputs = _select(model, feedforward) if feedforward else []
-    chosen = [*inputs, *(_select(model, targets) if targets or not inputs else [])]
-    wrappers = {m: IA3Linear(m, m in inputs).train(m.training) for m in chosen}
-    _replace(model.requires_grad_(False), wrappers)
-    return model
 
+    - `targets`: names of linear layers, each a full path or a dotted suffix ("k_proj"),
+      or "all-linear": all but the output head.
+    - `feedforward`: names of those rescaled on their input side ("down_proj"); they may
+      stand in targets too, as in peft.
 
-def state_dict(model, keep_vars=False):
-    """{name: tensor} of all that IA3 trains: `path.ia3_l`, (out, 1) on the output side,
-    (1, in) on the input side; keep_vars gives parameters. ValueError without IA3."""
-    own = {n: p for n, p in model.named_parameters() if n.endswith(".ia3_l")}
-    if not own:
-        raise ValueError("the model carries no IA3: call ia3.add first")
-    return own if keep_vars else {n: t.detach() for n, t in own.items()}
-
-
-def load_state_dict(model, tensors):
-    """Copy {name: tensor}, as `state_dict` gives it, into the model's IA3. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
-    own = state_dict(model)
-    for name in sorted(own.keys() | tensors.keys()):
-        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
-        if got != want or name not in own:
-            raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
-    for name, t in own.items():
-        t.copy_(tensors[name])
+    Raises ValueError, the model unchanged, for a target without a match and IA3 twice.
+    """
+    surgery.refuse_twice(model, IA3Linear)
+    inputs = surgery.select(model, feedforward) if feedforward else []
+    outputs = surgery.select(model, targets) if targets or not inputs else []
+    layers = [*inputs, *outputs]
+    return surgery.wrap(model, {m: IA3Linear(m, m in inputs) for m in layers})
 
 
 @torch.no_grad()
 def merge(model):
     """Make each weight l * W (an output's bias l * bias), put the plain layers back,
-    return the model, frozen. ValueError, unchanged, without IA3 or on a packed one."""
-    state_dict(model)  # raises where there is no IA3
-    layers = {m: m.base for m in model.modules() if isinstance(m, IA3Linear)}
-    for base in layers.values():
-        if hasattr(base.weight, "quant_state") or not base.weight.is_floating_point():
-            raise ValueError("IA3 cannot be merged into a packed (4- or 8-bit) weight")
-    for m, base in layers.items():
-        _rescale(base, m.ia3_l, m.feedforward)
-    _replace(model, layers)
-    return model.requires_grad_(False)
+    and return the model, frozen. Raises ValueError, nothing changed, without IA3 or on
+    a packed weight."""
+    layers = surgery.wrappers(model, IA3Linear).values()
+    surgery.refuse_packed([m.base for m in layers], "IA3 cannot be merged into")
+    for m in layers:
+        _rescale(m.base, m.ia3_l, m.feedforward)
+    return surgery.unwrap(model, IA3Linear)
 
 
 @torch.no_grad()
 def unmerge(model, tensors):
     """Undo the `merge` of `tensors`, a `state_dict`, up to rounding; returns the model.
-    ValueError, nothing changed: no tensors, one unfit or with a zero, IA3 unmerged."""
-    if any(isinstance(m, IA3Linear) for m in model.modules()):
-        raise ValueError("the model carries IA3 already: merge it first")
-    own = {n.removesuffix(".ia3_l"): v for n, v in tensors.items()}
-    _select(model, [*own])  # raises for what is no linear
-    old = {m: own[p] for p, m in model.named_modules() if torch.is_tensor(own.get(p))}
-    new = {m: IA3Linear(m, v.shape != (_shape(m)[0], 1)) for m, v in old.items()}
-    fit = [new[m].ia3_l.shape == v.shape and (v / v == 1).all() for m, v in old.items()]
-    if not fit or not all(fit) or len(fit) != len(tensors):
+
+    Raises ValueError, nothing changed, for no tensors, one that does not fit or has a
+    zero in it, and a model with IA3 on it.
+    """
+    surgery.refuse_twice(model, IA3Linear)
+    vectors = {name.removesuffix(".ia3_l"): v for name, v in tensors.items()}
+    surgery.select(model, list(vectors))  # raises for what is no linear
+
+    new = {}
+    for path, base in model.named_modules():
+        vector = vectors.get(path)
+        if torch.is_tensor(vector):
+            n_out, _ = surgery.shape(base)
+            layer = IA3Linear(base, feedforward=vector.shape != (n_out, 1))
+            # A zero cannot be undone; nor can NaN, for which this is false too.
+            if vector.shape == layer.ia3_l.shape and (vector / vector == 1).all():
+                layer.ia3_l.copy_(vector)
+                new[base] = layer
+    if len(new) < max(1, len(tensors)):
         raise ValueError("unmerge needs a vector without zeros for each merged layer")
-    for m, v in old.items():
-        new[m].train(m.training).ia3_l.copy_(v)
-        _rescale(m, 1 / new[m].ia3_l, new[m].feedforward)
-    _replace(model.requires_grad_(False), new)
-    return model
+
+    for base, layer in new.items():
+        _rescale(base, 1 / layer.ia3_l, layer.feedforward)
+    return surgery.wrap(model, new)
+
+
+def state_dict(model, keep_vars=False):
+    """All that IA3 trains, {name: tensor}: `path.ia3_l`, (out, 1) on the output side,
+    (1, in) on the input side. keep_vars: the parameters. ValueError without IA3."""
+    return surgery.state_dict(model, IA3Linear, ("ia3_l",), keep_vars)
+
+
+def load_state_dict(model, tensors):
+    """Copy tensors, as `state_dict` gives them, into the model's IA3. Raises
+    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    surgery.load(state_dict(model), tensors)
 
 
 def _rescale(base, scale, feedforward):
-    turned = scale.T if type(base).__name__ == "Conv1D" else scale  # it keeps W.T
-    base.weight = nn.Parameter((base.weight * turned).to(base.weight.dtype), False)
-    if (b := base.bias) is not None and not feedforward:
-        base.bias = nn.Parameter((b * scale.flatten()).to(b.dtype), False)
-
-
-def _shape(m):
-    """(out, in) of a linear, else None; GPT-2's Conv1D has its weight as (in, out)."""
-    conv = type(m).__name__ == "Conv1D"
-    sides = tuple(getattr(m, f"{side}_features", None) for side in ("out", "in"))
-    return m.weight.shape[::-1] if conv else sides if all(sides) else None
-
-
-def _select(model, targets):
-    """The linears that `targets` name; ValueError unless each target matches one."""
-    paths = {f".{path}": m for path, m in model.named_modules() if path}
-    linears = {p: m for p, m in paths.items() if _shape(m)}
-    if targets == "all-linear":
-        sizes = {(n, p.dim()): p.numel() for n, p in model.named_parameters()}
-        if fused := sum(k for (n, d), k in sizes.items() if "expert" in n and d == 3):
-            share = f"{fused / sum(sizes.values()):.0%} of the weights"
-            raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        inner = {p: m for p, m in linears.items() if m is not head}
-        heads = {"classifier", "score", "qa_outputs"}  # RoBERTa's first has two layers
-        linears = {p: m for p, m in inner.items() if not heads & {*p.split(".")}}
-        targets = [p[1:] for p in linears]
-    if not isinstance(targets, list | tuple | set) or not targets:
-        raise ValueError(f'targets: a list of names or "all-linear", not {targets!r}')
-    if lost := [t for t in targets if not any(p.endswith(f".{t}") for p in linears)]:
-        names = ", ".join(sorted({p.rpartition(".")[2] for p in linears}))
-        raise ValueError(f"no linear layer is named {lost}; there are: {names}")
-    return [m for p, m in linears.items() if any(p.endswith(f".{t}") for t in targets)]
-
-
-def _replace(model, swaps):
-    """Put swaps[old] where the module `old` hangs in the tree, wherever that is."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = swaps.get(child, child)
+    """scale * W, and an output's scale * bias."""
+    surgery.set_weight(base, scale * surgery.weight(base))
+    if base.bias is not None and not feedforward:
+        bias = (scale.flatten() * base.bias).to(base.bias.dtype)
+        base.bias = nn.Parameter(bias, requires_grad=False)

@@ -51,7 +51,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftlab import dora, ia3, lora, nf4, pissa, prefix, prompt, vera
+from peftlab import dora, ia3, lora, nf4, pissa, prefix, prompt, surgery, vera
 
 
 class Method(NamedTuple):
@@ -301,7 +301,7 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
     with torch.no_grad():
         for name, t in rest.items():
             own[name].copy_(t)
-    lora._replace(model, new)
+    surgery.swap(model, new)
     return model
 
 
@@ -359,7 +359,7 @@ def _insert(model, name, config, found, heads, folder):
             for m in layers.values():
                 m.lora_B.data *= _scaling(config)
     except ValueError as error:
-        lora._replace(model, {m: m.base for m in layers.values()})
+        surgery.swap(model, {m: m.base for m in layers.values()})
         for m, weight in weights.items():
             m.weight = weight
         for p, was in trained.items():
@@ -627,9 +627,9 @@ def _from_bitsandbytes(path, base, parts, compute_dtype):
         raise ValueError(f"{state} does not describe a weight in 4 bits") from error
     if not state.endswith(about["quant_type"]):
         raise ValueError(f"{state} describes a weight in {about['quant_type']}")
-    if shape != lora._shape(base):
+    if shape != surgery.shape(base):
         raise ValueError(
-            f"{path}: its shape is {shape}, in the model {lora._shape(base)}"
+            f"{path}: its shape is {shape}, in the model {surgery.shape(base)}"
         )
     if nested and about.get("nested_blocksize") != 256:
         raise ValueError(
@@ -690,7 +690,7 @@ def _selected(model, config):
     """The paths of the modules that a peft config selects."""
     paths = {path: m for path, m in model.named_modules() if path}
     if config["target_modules"] == "all-linear":
-        linears = lora._select(model, "all-linear")
+        linears = surgery.select(model, "all-linear")
         chosen = {path for path, m in paths.items() if m in linears}
     else:
         chosen = _named(paths, config["target_modules"])

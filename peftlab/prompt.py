@@ -25,14 +25,20 @@ import inspect
 import torch
 from torch import nn
 
+from . import surgery
+
 
 class PromptModel(nn.Module):
     """A frozen `model` that reads a prompt first; config, device... are the model's."""
 
     def __init__(self, model, n, rows, decoder, encodes):
         super().__init__()
-        self.prompt_embeddings, self.training = nn.Parameter(rows), model.training
-        self.model, self.n, self.decoder, self._encodes = model, n, decoder, encodes
+        self.model = model
+        self.n = n
+        self.prompt_embeddings = nn.Parameter(rows)
+        self.decoder = decoder
+        self.training = model.training
+        self._encodes = encodes
         self._told = "position_ids" in inspect.signature(model.forward).parameters
 
     def __getattr__(self, name):
@@ -57,29 +63,53 @@ class PromptModel(nn.Module):
             return self.model.generate(*args, **options)
 
     def _put_in(self, input_ids=None, attention_mask=None, **inputs):
-        """The model's inputs with the prompt put in, and all that is aligned moved."""
-        n, order, fill = self.n, _order(attention_mask, self.n), {"attention_mask": 1}
+        """The model's inputs with the prompt put in, and all that is aligned moved.
+
+        `generate` comes here at each step. After the first the prompt has been read,
+        and only the mask and the positions must still count it.
+        """
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        cache = inputs.get("cache") or inputs.get("past_key_values")  # until 5.23
-        read = not self._encodes and cache and cache.get_seq_length()
-        if begins := not (read or inputs.get("encoder_outputs")):
-            ids, x = inputs.pop("input_ids"), inputs.get("inputs_embeds")
-            if (ids is None) == (x is None):
-                raise ValueError("give one of the two, input_ids or inputs_embeds")
-            x = self.model.get_input_embeddings()(ids) if x is None else x
-            inputs["inputs_embeds"] = _join(self.prompt_embeddings[:n], x, order)
-            fill |= {"token_type_ids": 0} | ({} if self._encodes else {"labels": -100})
+        order = _order(attention_mask, self.n)
+        begins = not self._was_read(inputs)
+
+        fill = {"attention_mask": 1}  # what gets n more columns, and with which value
+        if begins:
+            inputs["inputs_embeds"] = _join(
+                self.prompt_embeddings[: self.n], self._embedded(inputs), order
+            )
+            fill["token_type_ids"] = 0
+        if begins and not self._encodes:
+            fill["labels"] = -100  # no loss on the prompt
         for name, value in fill.items():
             t = inputs.get(name)
-            if t is not None and t.dim() == 2 and (value > -1 or t.dtype == torch.long):
-                inputs[name] = _join(t.new_full((n,), value), t, order)
-        if (at := inputs.get("position_ids")) is not None:
-            at, first = at + n, torch.arange(n)
+            if t is None or t.dim() != 2:
+                continue
+            if name == "labels" and t.dtype != torch.long:
+                continue  # one row of numbers for each text, as for several classes
+            inputs[name] = _join(t.new_full((self.n,), value), t, order)
+
+        if inputs.get("position_ids") is not None:
+            at = inputs["position_ids"] + self.n
+            first = torch.arange(self.n)
             inputs["position_ids"] = _join(first, at, order) if begins else at
-        elif order is not None and self._told:  # else it counts the slots
+        elif order is not None and self._told:  # else the model would count the pads
             at = (inputs["attention_mask"].cumsum(1).long() - 1).clamp(0)
             inputs["position_ids"] = at if begins else at[:, -input_ids.shape[1] :]
         return inputs
+
+    def _was_read(self, inputs):
+        """Whether the prompt is in the cache, or in the encoder's outputs, already."""
+        if self._encodes:
+            return inputs.get("encoder_outputs") is not None
+        cache = inputs.get("cache") or inputs.get("past_key_values")  # until 5.23
+        return bool(cache and cache.get_seq_length())
+
+    def _embedded(self, inputs):
+        """The text's embeddings (batch, tokens, d), given or looked up."""
+        ids, x = inputs.pop("input_ids"), inputs.get("inputs_embeds")
+        if (ids is None) == (x is None):
+            raise ValueError("give one of the two, input_ids or inputs_embeds")
+        return self.model.get_input_embeddings()(ids) if x is None else x
 
 
 def add(model, n, init="vocabulary", decoder=False):
@@ -112,12 +142,7 @@ def state_dict(wrapper):
 def load_state_dict(wrapper, tensors):
     """Copy {"prompt_embeddings": tensor} into the wrapper. Raises ValueError, nothing
     copied, for a missing or unexpected name or a wrong shape."""
-    own = state_dict(wrapper)
-    for name in sorted(own.keys() | tensors.keys()):
-        got, want = (str(getattr(d.get(name), "shape", None)) for d in (tensors, own))
-        if got != want or name not in own:
-            raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
-    own["prompt_embeddings"].copy_(tensors["prompt_embeddings"])
+    surgery.load(state_dict(wrapper), tensors)
 
 
 def _start(embedding, rows, init):

@@ -22,7 +22,7 @@ are paged optimizers. For saving: `interop.save`, which writes A and B, or
 import torch
 from torch import nn
 
-from . import lora, nf4
+from . import lora, nf4, surgery
 
 state_dict, load_state_dict = lora.state_dict, lora.load_state_dict  # of A and B
 
@@ -48,7 +48,7 @@ def add(
     what `lora.add` or `nf4.NF4Linear` refuses, a base packed already too (`lora.add`
     takes that). While it works both bases are in memory."""
     settings = blocksize, double_quant, compute_dtype, code
-    linears = lora._select(model, "all-linear")
+    linears = surgery.select(model, "all-linear")
     packed, paths = {}, {m: path for path, m in model.named_modules()}
     for m in linears:
         try:
@@ -56,7 +56,7 @@ def add(
         except ValueError as error:
             raise ValueError(f"{paths[m]}: {error}") from None
     lora.add(model, targets, r, alpha, dropout, bias, rslora)
-    lora._replace(model, packed)
+    surgery.swap(model, packed)
     return model
 
 
@@ -90,7 +90,7 @@ def merge(model, bits=16):
             new[base] = _plain(base, nf4.dequantize(base), base.dtype)
     if plain := [m for m in tuned if m not in packed]:  # merged in place, and it may
         lora.merge(nn.ModuleList(plain))  # refuse: so nothing is swapped before
-    lora._replace(model, new)
+    surgery.swap(model, new)
     return model.requires_grad_(False)
 
 

@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from . import lora
+from . import lora, surgery
 
 
 def add(model, name, targets, r=8, alpha=16, dropout=0.0, rslora=False):
@@ -79,10 +79,10 @@ def switch(model, name):
         raise ValueError("the model carries a LoRA without a name: keep it under one")
     if not {m.base for m in layers.values()} <= {*model.modules()}:
         raise ValueError(f"layers that {name!r} belongs to have left the model")
-    lora._replace(model, there)
+    surgery.swap(model, there)
     for m in layers.values():  # while it waited, the base may have moved to a GPU
         m.to(m.base.weight.device).train(model.training)
-    lora._replace(model, {m.base: m for m in layers.values()})
+    surgery.swap(model, {m.base: m for m in layers.values()})
     return model
 
 

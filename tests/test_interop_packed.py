@@ -26,7 +26,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from peftlab import interop, lora, nf4, qlora
+from peftlab import interop, lora, nf4, qlora, surgery
 from peftlab.kit import zoo
 
 FULL = torch.float32  # to compute in, so that comparisons are exact
@@ -135,7 +135,7 @@ def test_a_whole_model_goes_round(name):
     for p in fresh.parameters():
         p.data += 1
     fresh = interop.load_packed(fresh, tensors, FULL)
-    assert lora._select(fresh, "all-linear")
+    assert surgery.select(fresh, "all-linear")
     lora.add(fresh, "all-linear", r=2)
     lora.load_state_dict(fresh, lora.state_dict(model))
     two = dict(decoder_input_ids=BATCH["input_ids"]) if name == "t5" else {}

@@ -60,7 +60,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from experiments import qlora as experiment
-from peftlab import interop, lora, nf4
+from peftlab import interop, lora, nf4, surgery
 from peftlab import qlora as reference
 from peftlab.kit import measure, results, zoo
 
@@ -114,7 +114,7 @@ def unpacked(model):
         swaps[m] = nn.Linear(*weight.T.shape, bias=m.bias is not None)
         swaps[m].weight = nn.Parameter(weight, requires_grad=False)
         swaps[m].bias = m.bias
-    lora._replace(model, swaps)
+    surgery.swap(model, swaps)
     return model
 
 
@@ -881,11 +881,11 @@ def test_an_adapter_is_loaded_onto_a_packed_base(tmp_path):
     model = put(reference, ["q_proj", "c_proj"])
     interop.save(model, tmp_path)
     bare = single()
-    lora._replace(
+    surgery.swap(
         bare,
         {
             m: nf4.NF4Linear(m, double_quant=True)
-            for m in lora._select(bare, "all-linear")
+            for m in surgery.select(bare, "all-linear")
         },
     )
     interop.load(bare, tmp_path)
@@ -939,8 +939,8 @@ def theirs(layer, double=True, kind="nf4", compute=torch.bfloat16):
 def library(model, double=True, kind="nf4"):
     """A copy of a plain model with the library's layers, as transformers makes them."""
     model = copy.deepcopy(model)
-    swaps = {m: theirs(m, double, kind) for m in lora._select(model, "all-linear")}
-    lora._replace(model, swaps)
+    swaps = {m: theirs(m, double, kind) for m in surgery.select(model, "all-linear")}
+    surgery.swap(model, swaps)
     model.is_loaded_in_4bit = True  # else peft takes them for plain linears
     return model
 
@@ -1287,8 +1287,8 @@ assert torch.allclose(merged(x), tuned, atol=0.1)  # products were in bfloat16
 # Broken copies, for tests/test_mutations.py
 
 ADD_LORA = "lora.add(model, targets, r, alpha, dropout, bias, rslora)"
-PUT = "    lora._replace(model, packed)\n    return model"
-LINEARS = 'lora._select(model, "all-linear")'
+PUT = "    surgery.swap(model, packed)\n    return model"
+LINEARS = 'surgery.select(model, "all-linear")'
 DELTA = "m.scaling * (m.lora_B @ m.lora_A)"
 SUM = "nf4.dequantize(base, torch.float32) + delta"
 CHOICE = "_pack(base, weight) if bits == 4 else _plain(base, weight, base.dtype)"
@@ -1296,7 +1296,7 @@ HOW = "base.blocksize, base.offset is not None, base.compute_dtype, base.code"
 CONV = 'conv = packed.kind.__name__ == "Conv1D"'
 SETTINGS = "settings = blocksize, double_quant, compute_dtype, code"
 VERBS = "load_state_dict = lora.state_dict, lora.load_state_dict  # of A and B"
-END = "    lora._replace(model, new)\n    return model.requires_grad_(False)"
+END = "    surgery.swap(model, new)\n    return model.requires_grad_(False)"
 BITS = "if bits not in (4, 16):"
 SWAPPED = "packed, paths = {}, {m: path for path, m in model.named_modules()}"
 WHOLE = test_every_linear_but_the_head_is_packed_whatever_the_targets
@@ -1328,13 +1328,13 @@ MUTATIONS = {
     ),
     "the targets alone are packed": (
         WHOLE,
-        {LINEARS: "lora._select(model, targets)"},
+        {LINEARS: "surgery.select(model, targets)"},
     ),
     "nothing is packed": (START, {PUT: "    return model"}),
     "a targeted head is packed": (
         test_a_head_that_is_a_target_gets_lora_and_is_not_packed,
         {
-            SWAPPED: f"linears += lora._select(model, targets)\n    {SWAPPED}",
+            SWAPPED: f"linears += surgery.select(model, targets)\n    {SWAPPED}",
         },
     ),
     "LoRA goes everywhere": (
@@ -1542,7 +1542,7 @@ MUTATIONS = {
     "the base is packed when LoRA refuses": (
         REFUSED,
         {
-            ADD_LORA: f"lora._replace(model, packed)\n    {ADD_LORA}",
+            ADD_LORA: f"surgery.swap(model, packed)\n    {ADD_LORA}",
             PUT: "    return model",
         },
     ),
@@ -1555,7 +1555,7 @@ MUTATIONS = {
     ),
     "fused experts are passed over": (
         test_fused_experts_are_refused_even_where_they_are_no_target,
-        {LINEARS: 'lora._select(model, ["q_proj"])'},
+        {LINEARS: 'surgery.select(model, ["q_proj"])'},
     ),
     "a second time says nothing": (
         test_adding_twice_is_refused,
@@ -1583,7 +1583,7 @@ MUTATIONS = {
     ),
     "merging swaps layer by layer": (
         test_merging_refuses_a_broken_adapter_and_a_sum_that_overflows,
-        {CHOICE: f"{CHOICE}\n        lora._replace(model, {{m: new[m]}})"},
+        {CHOICE: f"{CHOICE}\n        surgery.swap(model, {{m: new[m]}})"},
     ),
     "the base is rounded and not packed": (
         test_loras_own_merge_refuses,

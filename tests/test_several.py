@@ -25,7 +25,7 @@ from common import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peftlab import interop, lora
+from peftlab import interop, lora, surgery
 from peftlab import several as reference
 
 TARGETS = {"fi": ALL, "pl": ["q_proj", "proj"], "tr": ["c_attn", "c_proj"]}
@@ -473,7 +473,7 @@ def test_a_crash_in_lora_leaves_the_active_one_on(monkeypatch):
     def crash(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(lora, "_select", crash)
+    monkeypatch.setattr(surgery, "select", crash)
     with pytest.raises(MemoryError):
         reference.add(model, "sw", ["q_proj"])
     assert_all_of(reference, model, before)
@@ -599,8 +599,8 @@ several.forget(model, "both")
 
 # Broken copies, for tests/test_mutations.py
 
-ON = "lora._replace(model, {m.base: m for m in layers.values()})"
-OFF = "lora._replace(model, there)"
+ON = "surgery.swap(model, {m.base: m for m in layers.values()})"
+OFF = "surgery.swap(model, there)"
 PART_A = "m.lora_A[at : at + part.r] = part.lora_A"
 PART_B = "m.lora_B[:, at : at + part.r] = weight * part.lora_B"
 SETTINGS = '(one.base, r, one.scaling * r, 0.0, "none", False)'

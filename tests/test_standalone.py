@@ -1,4 +1,6 @@
-"""Each reference file is short, needs torch alone, and works copied on its own.
+"""Each reference file is short, and as one file it needs torch alone.
+
+`tools/standalone.py` writes that one file: it is what a reader downloads.
 
 The script that runs peftlab/NAME.py alone is ALONE in tests/test_NAME.py.
 """
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tools import standalone
+
 PACKAGE = Path(__file__).parents[1] / "peftlab"
-APART = ("__init__", "interop")  # the package, and the door to files
+APART = ("__init__", "interop", "surgery")  # no methods
 FILES = {p.stem: p for p in sorted(PACKAGE.glob("*.py")) if p.stem not in APART}
-COMPOSED = {"several": {"lora"}, "qlora": {"lora", "nf4"}}  # copied with what they take
+COMPOSED = {  # copied with what they take
+    "several": {"lora", "surgery"},
+    "qlora": {"lora", "nf4", "surgery"},
+}
 LINES = {"nf4": 164}  # three types, double quantization and a layer: one idea
-WALK = ("_shape", "_select", "_replace")
 
 # Run by `python -I` in the folder with the copy. What torch takes to start is there by
 # then; whatever else is not in the standard library cannot be imported any more.
@@ -56,8 +62,9 @@ def test_a_reference_file_imports_torch_and_the_standard_library(name):
             taken = {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             taken = {node.module or "."}
-            if node.level or node.module == "peftlab":
-                taken = {alias.name for alias in node.names} - COMPOSED.get(name, set())
+            if node.level:
+                taken = {alias.name for alias in node.names}
+                taken -= COMPOSED.get(name, set()) | {"surgery"}
         else:
             continue
         strange = {t for t in taken if t.partition(".")[0] not in allowed}
@@ -69,10 +76,13 @@ def test_a_reference_file_imports_torch_and_the_standard_library(name):
 @each_file
 def test_a_copy_alone_works_with_only_torch(name, tmp_path):
     copied = {name, *COMPOSED.get(name, ())}
-    folder = tmp_path / "mine" if len(copied) > 1 else tmp_path  # a package of its own
-    folder.mkdir(exist_ok=True)
-    for each in copied:
-        (folder / f"{each}.py").write_bytes(FILES[each].read_bytes())
+    if len(copied) > 1:  # a package of its own
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        for each in copied:
+            (folder / f"{each}.py").write_bytes((PACKAGE / f"{each}.py").read_bytes())
+    else:
+        (tmp_path / f"{name}.py").write_text(standalone.of(name), "utf8")
     script = importlib.import_module(f"test_{name}").ALONE
     guard = "" if name == "prefix" else GUARD  # it takes the cache class
     head = guard or "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -96,14 +106,32 @@ def test_the_guard_keeps_other_packages_out(tmp_path):
     assert "transformers is not in the standard library" in run.stderr
 
 
-@pytest.mark.parametrize("function", WALK)
-def test_the_tree_walk_is_the_same_to_the_letter_in_every_file(function):
-    found = {}
-    for name, path in FILES.items():
-        source = path.read_text("utf8")
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef) and node.name == function:
-                found[name] = ast.get_source_segment(source, node)
-    assert "lora" in found, f"lora.py has no {function}"
-    other = [name for name, text in found.items() if text != found["lora"]]
-    assert not other, f"{function} differs from lora.py's in {other}"
+def test_the_one_file_has_the_helpers_that_it_reaches_and_no_others():
+    surgery = "import math\n\nONE = 1\n\n\ndef a(x):\n    return b(x) + ONE\n\n\n"
+    surgery += "def b(x):\n    return math.sqrt(x)\n\n\ndef c(x):\n    return x\n"
+    method = (
+        '"""M."""\n\nfrom . import surgery\n\n\ndef f(b):\n    return surgery.a(b)\n'
+    )
+    text = standalone.standalone(method, surgery)
+    space = {}
+    exec(text, space)
+    assert space["f"](9) == 4 and "_c" not in space and "surgery" not in space
+    assert text.startswith('"""M."""\n\nimport math\n\n\ndef f(b):\n    return _a(b)\n')
+
+
+def test_a_helper_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="surgery.py has no d"):
+        standalone.standalone("from . import surgery\n\nsurgery.d()\n", "a = 1\n")
+
+
+@each_file
+def test_no_helper_has_the_name_of_a_local_or_of_the_methods_own(name):
+    helpers = standalone.definitions((PACKAGE / "surgery.py").read_text("utf8"))
+    text = standalone.of(name)
+    made = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    arguments = {
+        a.arg for f in made for a in ast.walk(f.args) if isinstance(a, ast.arg)
+    }
+    assert not arguments & {f"_{helper}" for helper in helpers}
+    names = [f.name for f in made if not f.col_offset]
+    assert len(names) == len({*names}), "two functions of one name in the one file"

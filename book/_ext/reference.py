@@ -11,6 +11,7 @@ The other way round, a chapter links to the file as GitHub and Colab want it,
 import ast
 import posixpath
 import re
+import sys
 from pathlib import Path, PurePosixPath
 
 from docutils import nodes
@@ -20,7 +21,11 @@ from sphinx import addnodes
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tools import standalone  # noqa: E402
+
 PACKAGE = "peftlab"
+ONE_FILE = "_build/standalone"  # where the downloads are written
 PAGES = "book/reference"
 
 
@@ -57,11 +62,21 @@ def markdown(docstring):
     return lines
 
 
-def page(module, source, chapter):
+def one_file(srcdir, module, source):
+    """Write the method as one file; its path in the book's sources, and its length."""
+    shared = Path(srcdir, PACKAGE, "surgery.py").read_text("utf8")
+    alone = module not in ("several", "qlora", "interop")  # these take other methods
+    text = standalone.standalone(source, shared) if alone else source
+    path = Path(srcdir, ONE_FILE, f"{module}.py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf8")
+    return f"/{ONE_FILE}/{module}.py", len(text.splitlines())
+
+
+def page(module, source, chapter, download, whole):
     """The Markdown of the whole page below its title."""
     tree = ast.parse(source)
-    path = f"/{PACKAGE}/{module}.py"
-    links = [f"{{download}}`Download {module}.py <{path}>`"]
+    links = [f"{{download}}`Download as one file <{download}>` ({whole} lines)"]
     if chapter:
         links.append(f"built step by step in {{doc}}`/notebooks/{chapter}`")
     lines = [" · ".join(links), "", *markdown(ast.get_docstring(tree)), ""]
@@ -85,7 +100,8 @@ class Reference(SphinxDirective):
         if not path.is_file():
             raise self.error(f"there is no {PACKAGE}/{module}.py")
         source = path.read_text("utf8")
-        lines = page(module, source, self.options.get("chapter"))
+        download, count = one_file(self.env.srcdir, module, source)
+        lines = page(module, source, self.options.get("chapter"), download, count)
         box = nodes.container(classes=["reference-file"])
         self.state.nested_parse(StringList(lines, str(path)), self.content_offset, box)
         code = nodes.literal_block(source, source, language="python", linenos=True)
