@@ -71,11 +71,11 @@ models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
 results: $(SETUP)  ## run the long sweeps again (three hours)
-	$(BIN)/python -m experiments.run
+	$(BIN)/python -m experiments.run $(ONLY)
 
 bench: $(SETUP)  ## time everything beside peft and bitsandbytes (half an hour, quiet machine)
-	$(OFFLINE) $(BIN)/python -m experiments.bench
-	$(OFFLINE) $(BIN)/python -m experiments.bench_quantization
+	$(OFFLINE) $(BIN)/python -m experiments.benches.methods
+	$(OFFLINE) $(BIN)/python -m experiments.benches.quantization
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)

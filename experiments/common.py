@@ -9,7 +9,7 @@ from torch import multiprocessing
 from tqdm import tqdm
 
 from peftlab import lora
-from peftlab.kit import data, measure, results, zoo
+from peftlab.kit import data, measure, results, base_models
 from peftlab.kit.results import share, where
 from peftlab.kit.train import train
 
@@ -33,7 +33,7 @@ def tune(languages, method, lr, seed, steps, replay=0.0, batch=16):
     method: "full", "LoRA r=8" (on all linears), "attention r=12" or "MLP r=7"; alpha is
     2 r. the share of the training records that are a mixture of what the base saw."""
     torch.set_num_threads(1)
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(seed)
     if method != "full":
         where, _, r = method.partition(" r=")

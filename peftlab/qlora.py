@@ -15,8 +15,8 @@ The gradient of A and B passes through the unpacked weight of the layers above. 
 unpacked where it is needed, in both directions, and only one is there at a time.
 Embeddings, norms and the head stay in the dtype that they have: load the model in 16
 bits. peft's `prepare_model_for_kbit_training` makes them float32; that is not here, nor
-are paged optimizers. For saving: `interop.save`, which writes A and B, or
-`interop.packed_state_dict` for the base in bitsandbytes' form.
+are paged optimizers. For saving: `peft_files.save`, which writes A and B, or
+`bnb_files.packed_state_dict` for the base in bitsandbytes' form.
 """
 
 import torch

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peftlab.kit import zoo
+from peftlab.kit import base_models
 
 IDS = torch.arange(22).reshape(2, 11) % 11
 ALL = "q_proj c_attn c_proj proj".split()  # the linears of Net but its head
@@ -132,7 +132,7 @@ def jiggle(tensors, seed=5):
 
 
 MODELS = {
-    "tiny-decoder": lambda: zoo.load("tiny-decoder", device="cpu")[0],
+    "tiny-decoder": lambda: base_models.load("tiny-decoder", device="cpu")[0],
     "bert": bert,
     "bert-model": lambda: bert(BertModel),
     "gpt2": gpt2,

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments import adam8bit as experiment
+from experiments.sweeps import adam8bit as experiment
 from peftlab import adam8bit as reference
 from peftlab import nf4
-from peftlab.kit import measure, results, zoo
+from peftlab.kit import measure, results, base_models
 
 BIN = 2 / 65535  # the width of the library's bins, over a block's largest magnitude
 EVERY = settings(
@@ -1031,7 +1031,7 @@ def test_the_library_takes_nan_and_infinity_in_silence():
 def test_the_bytes_of_a_real_model_are_a_quarter():
     sizes, classes = {}, experiment.OPTIMIZERS
     for name in ("AdamW", "Adam8bit", "AdamW8bit"):
-        model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+        model, tokenizer = base_models.load("tiny-decoder", device="cpu")
         optimizer = classes[name](model.parameters())
         ids = tokenizer("12. maaliskuuta 2026 =", return_tensors="pt")["input_ids"]
         model(input_ids=ids, labels=ids).loss.backward()

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from peftlab import adapter as reference
-from peftlab.kit import zoo
+from peftlab.kit import base_models
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -485,7 +485,7 @@ MORE = {
     "qwen2": kin(Qwen2Config, Qwen2ForCausalLM, num_key_value_heads=2),
     "qwen3": kin(Qwen3Config, Qwen3ForCausalLM, **GROUPED),
     "mt5": lambda: seeded(MT5ForConditionalGeneration(MT5Config(**T5_SIZES))),
-    "tiny-decoder": lambda: zoo.load("tiny-decoder", device="cpu")[0],
+    "tiny-decoder": lambda: base_models.load("tiny-decoder", device="cpu")[0],
 }
 
 

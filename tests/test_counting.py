@@ -15,9 +15,9 @@ from transformers import (
     T5Config,
 )
 
-from experiments import paper_tables
-from experiments.paper_notes import INTRODUCTIONS, NOTES
-from experiments.paper_rows import GROUPS, OPEN
+from experiments.paper_tables import count as paper_tables
+from experiments.paper_tables.notes import INTRODUCTIONS, NOTES
+from experiments.paper_tables.rows import GROUPS, OPEN
 from peftlab import lora, prompt
 from peftlab.kit import measure
 from tests.common import assert_one_sentence
@@ -216,7 +216,7 @@ def test_most_notes_have_arithmetic():
 def test_the_page_is_what_the_code_writes_now(counted):
     stored = paper_tables.FILE.read_text("utf8")
     fresh = paper_tables.page(counted)
-    assert stored == fresh, "run `python -m experiments.paper_tables`"
+    assert stored == fresh, "run `python -m experiments.paper_tables.count`"
 
 
 def test_a_config_that_names_another_familys_class_is_refused():

@@ -14,7 +14,7 @@ from babel import Locale, localedata
 from babel.dates import get_date_format
 from babel.numbers import format_currency, get_currency_precision
 
-from peftlab.kit import data, pretrain, zoo
+from peftlab.kit import data, pretrain, base_models
 
 LANGUAGES = (*data.BASE_LANGUAGES, *data.HELD_BACK)
 YEARS = (2023, 2024)  # the second with a February 29
@@ -341,7 +341,7 @@ def test_bad_mixtures_get_one_sentence(change):
 
 
 def test_the_tokenizer_gives_every_line_back():
-    _, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
     for record in drawn("test"):
         tokens = tokenizer(record.line)["input_ids"]
         assert tokenizer.decode(tokens, skip_special_tokens=True) == record.line

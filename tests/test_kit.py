@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from peftlab import lora
-from peftlab.kit import data, measure, plot, results, zoo
+from peftlab.kit import data, measure, plot, results, base_models
 from peftlab.kit.train import batches, collate, train
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return zoo.load("tiny-decoder", device="cpu")
+    return base_models.load("tiny-decoder", device="cpu")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_batches_see_every_record_once_before_any_twice(finnish):
 
 def test_the_same_seed_trains_the_same_weights(finnish):
     def run(seed):
-        model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+        model, tokenizer = base_models.load("tiny-decoder", device="cpu")
         torch.manual_seed(0)
         lora.add(model, ["q_proj"], r=2, alpha=4)
         losses = train(model, tokenizer, finnish, 3, 1e-2, 8, seed, progress=False)
@@ -72,7 +72,7 @@ def test_train_refuses_a_frozen_model_and_an_empty_set(tiny, finnish):
 
 
 def test_train_shows_no_bar_where_outputs_are_stored(tiny, finnish, capfd):
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     train(model, tokenizer, finnish, 1, 1e-4)
     assert capfd.readouterr() == ("", ""), "a bar would be stored in the notebook"
 
@@ -142,7 +142,7 @@ def test_the_interval_holds_zero_for_equals_and_not_for_the_better():
 
 def test_zoo_refuses_an_unknown_name_in_one_sentence():
     with pytest.raises(ValueError, match="shipped are tiny-decoder") as error:
-        zoo.load("no-such-model")
+        base_models.load("no-such-model")
     assert "\n" not in str(error.value)
 
 
@@ -150,7 +150,7 @@ def test_zoo_loads_any_hugging_face_folder(tmp_path, tiny):
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, words = zoo.load(str(tmp_path), device="cpu")
+    again, words = base_models.load(str(tmp_path), device="cpu")
     assert again.config._name_or_path == str(tmp_path) and not again.training
     ids = words("12 mars 2026 =", return_tensors="pt")
     assert torch.equal(again(**ids).logits, model(**ids).logits)
@@ -179,6 +179,6 @@ def test_figures_have_one_transparent_style():
 
 
 def test_importing_peft_after_the_kit_prints_nothing():
-    script = "from peftlab.kit import zoo; import peft, bitsandbytes"
+    script = "from peftlab.kit import base_models; import peft, bitsandbytes"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, "a notebook would store this"

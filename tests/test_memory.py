@@ -31,7 +31,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from experiments import memory as sweep
+from experiments.sweeps import memory as sweep
 from peftlab import adam8bit, lora, qlora
 from peftlab.kit import measure, memory, results
 from tools import figures
@@ -414,7 +414,7 @@ def test_a_70b_model_takes_no_memory_here():
 
     assert measure.peak_memory(work) < 1e7 or torch.cuda.is_available()
     stored = results.load("memory")["models"]["llama-2-70b.lora.4"]
-    assert found[0] == stored, "run `python -m experiments.memory`"
+    assert found[0] == stored, "run `python -m experiments.sweeps.memory`"
     assert found[0]["total"] > 138e9
 
 
@@ -503,7 +503,7 @@ PAGE = (results.FOLDER.parent / "memory.md").read_text("utf8")
 def test_the_page_shows_what_the_command_prints(capsys):
     block = PAGE.split("```")[1].replace("\\\n", "").strip()
     line, _, printed = block.partition("\n")
-    assert line.startswith("$ python -m peftlab.kit.memory ")
+    assert line.startswith("$ python -m peftlab.memory ")
     assert memory.main(line.split()[4:]) == 0
     assert capsys.readouterr().out.strip() == printed
 
@@ -732,7 +732,7 @@ def test_a_wrong_command_gets_one_sentence_and_status_2(line, words, capsys):
 
 
 def run(line):
-    command = [sys.executable, "-m", "peftlab.kit.memory", *line.split()]
+    command = [sys.executable, "-m", "peftlab.memory", *line.split()]
     return subprocess.run(command, capture_output=True, text=True)
 
 

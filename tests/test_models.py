@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peftlab.kit import data, zoo
+from peftlab.kit import data, base_models
 from peftlab.kit.measure import answered, exact_match
 
-FOLDER = zoo.MODELS / "tiny-decoder"
+FOLDER = base_models.MODELS / "tiny-decoder"
 
 
 @cache
@@ -37,7 +37,7 @@ def mean(marks):
 
 def test_plain_transformers_loads_tiny_decoder():
     model, tokenizer = plain()
-    ours, same = zoo.load("tiny-decoder", device="cpu")
+    ours, same = base_models.load("tiny-decoder", device="cpu")
     inputs = tokenizer("12 mars 2026 =", return_tensors="pt")
     assert same("12 mars 2026 =")["input_ids"] == inputs["input_ids"][0].tolist()
     inputs.pop("token_type_ids", None)

@@ -17,7 +17,7 @@ from tools import standalone
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftlab"
 NAMES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem[0] != "_")
-NAMES = [name for name in NAMES if name not in ("interop", "surgery")]  # no methods
+NAMES = [name for name in NAMES if name not in ("peft_files", "surgery")]  # no methods
 LAWS = {name: importlib.import_module(f"test_{name}") for name in NAMES}
 CASES = [(name, what) for name in NAMES for what in LAWS[name].MUTATIONS]
 RED = (AssertionError, pytest.fail.Exception, RuntimeError)  # the last: shapes clash
@@ -27,7 +27,7 @@ each_file = pytest.mark.parametrize("name", NAMES)
 
 def source_of(name):
     """The method as one file: what is broken may be surgery.py's."""
-    composed = name in ("several", "qlora")  # the package's own parts are put together
+    composed = name in ("multi_lora", "qlora")  # the package's own parts are put together
     text = (PACKAGE / f"{name}.py").read_text("utf8")
     return text if composed else standalone.of(name)
 

@@ -38,7 +38,7 @@ from transformers import (
 
 from peftlab import prefix as reference
 from peftlab import prompt
-from peftlab.kit import data, measure, zoo
+from peftlab.kit import data, measure, base_models
 from peftlab.kit.train import train
 
 N = 4
@@ -466,7 +466,7 @@ def test_no_input_and_two_inputs_are_refused():
 
 
 def test_the_kit_trains_it_and_lets_it_answer():
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(0)
     wrapper = reference.add(model, 8)
     records = data.records("dates", "fi", 40)  # new to the model

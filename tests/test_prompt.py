@@ -28,7 +28,7 @@ from torch import nn
 from transformers import BertForTokenClassification, BertModel, ViTConfig, ViTModel
 
 from peftlab import prompt as reference
-from peftlab.kit import data, measure, zoo
+from peftlab.kit import data, measure, base_models
 from peftlab.kit.train import train
 
 N = 4
@@ -461,7 +461,7 @@ def test_a_mask_of_any_type_says_the_same(dtype):
 
 
 def test_the_kit_trains_it_and_lets_it_answer():
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(0)
     wrapper = reference.add(model, 8)
     records = data.records("dates", "fi", 40)  # new to the model

@@ -59,10 +59,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from experiments import qlora as experiment
-from peftlab import interop, lora, nf4, surgery
+from experiments.sweeps import qlora as experiment
+from peftlab import peft_files, lora, nf4, surgery
 from peftlab import qlora as reference
-from peftlab.kit import measure, results, zoo
+from peftlab.kit import measure, results, base_models
 
 HALVES = (torch.bfloat16, torch.float16)
 FULL = dict(compute_dtype=torch.float32)
@@ -777,7 +777,7 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_generate_gives_what_the_unpacked_model_gives():
     torch.manual_seed(0)
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     fill(reference.add(model, **FULL), reference)
     lines = ["12 mars 2026 =", "1 May 1999 ="]
     inputs = tokenizer(lines, return_tensors="pt", padding=True)
@@ -870,7 +870,7 @@ def test_the_meta_device_gives_the_same_shapes():
 def test_peft_loads_what_is_saved_onto_the_plain_base(name, tmp_path):
     plain = SEVEN[name]()
     model = fill(reference.add(copy.deepcopy(plain), **FULL), reference)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     twin = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
     ours = lora.add(plain, "all-linear")
     lora.load_state_dict(ours, reference.state_dict(model))
@@ -879,7 +879,7 @@ def test_peft_loads_what_is_saved_onto_the_plain_base(name, tmp_path):
 
 def test_an_adapter_is_loaded_onto_a_packed_base(tmp_path):
     model = put(reference, ["q_proj", "c_proj"])
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     bare = single()
     surgery.swap(
         bare,
@@ -888,7 +888,7 @@ def test_an_adapter_is_loaded_onto_a_packed_base(tmp_path):
             for m in surgery.select(bare, "all-linear")
         },
     )
-    interop.load(bare, tmp_path)
+    peft_files.load(bare, tmp_path)
     torch.testing.assert_close(bare(IDS), model(IDS))
     reference.merge(bare)  # it is QLoRA, whichever way it was made
     torch.testing.assert_close(bare(IDS), model(IDS))
@@ -1070,7 +1070,7 @@ def test_a_training_step_is_the_one_of_transformers_and_pefts_own_recipe():
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    folder = str(zoo.MODELS / "tiny-decoder")
+    folder = str(base_models.MODELS / "tiny-decoder")
     how = dict(dtype=torch.float32, device_map="cpu", quantization_config=config)
     twin = AutoModelForCausalLM.from_pretrained(folder, **how)
     twin = prepare_model_for_kbit_training(twin, use_gradient_checkpointing=False)

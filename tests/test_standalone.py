@@ -16,10 +16,10 @@ import pytest
 from tools import standalone
 
 PACKAGE = Path(__file__).parents[1] / "peftlab"
-APART = ("__init__", "interop", "surgery")  # no methods
+APART = ("__init__", "peft_files", "surgery")  # no methods
 FILES = {p.stem: p for p in sorted(PACKAGE.glob("*.py")) if p.stem not in APART}
 COMPOSED = {  # copied with what they take
-    "several": {"lora", "surgery"},
+    "multi_lora": {"lora", "surgery"},
     "qlora": {"lora", "nf4", "surgery"},
 }
 LINES = {"nf4": 164}  # three types, double quantization and a layer: one idea

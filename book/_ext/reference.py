@@ -65,7 +65,7 @@ def markdown(docstring):
 def one_file(srcdir, module, source):
     """Write the method as one file; its path in the book's sources, and its length."""
     shared = Path(srcdir, PACKAGE, "surgery.py").read_text("utf8")
-    alone = module not in ("several", "qlora", "interop")  # these take other methods
+    alone = module not in ("multi_lora", "qlora", "peft_files")  # these take other methods
     text = standalone.standalone(source, shared) if alone else source
     path = Path(srcdir, ONE_FILE, f"{module}.py")
     path.parent.mkdir(parents=True, exist_ok=True)

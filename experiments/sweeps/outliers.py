@@ -2,7 +2,7 @@
 
 No channel of tiny-decoder stands out, so quantization has little to lose. Here channels
 of its norms are multiplied by s and the columns that read them divided by it, which
-keeps the function (`kit.plant`); the channels are drawn anew for each seed, the same
+keeps the function (`kit.outliers`); the channels are drawn anew for each seed, the same
 ones in all eight norms. Dates in the base languages, 400 test records.
 
 QLoRA: 100 steps on the same dates, its rate from a sweep with two seeds on dev records,
@@ -17,12 +17,12 @@ import torch
 from experiments.common import BASES, records, store, sweep
 from peftlab import nf4, qlora, surgery
 from peftlab.int8 import Int8Linear
-from peftlab.kit import measure, plant, plot, zoo
+from peftlab.kit import measure, outliers, plot, base_models
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
 
-PLANTS = {  # {name: (s, how many channels)}
+CASES = {  # {name: (s, how many channels)}
     "none": (1, 0),
     "outliers": (200, 1),
     "sixteen outliers": (200, 16),
@@ -41,15 +41,15 @@ SEEDS = range(5)
 
 def channels(name, seed):
     """The planted channels of a seed; no two seeds share one of the 128."""
-    shuffled, n = random.Random(0).sample(range(128), 128), PLANTS[name][1]
+    shuffled, n = random.Random(0).sample(range(128), 128), CASES[name][1]
     return sorted(shuffled[seed * n : (seed + 1) * n])
 
 
-def planted(name, seed):
+def with_outliers(name, seed):
     """tiny-decoder with that plant, and its tokenizer."""
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
-    if PLANTS[name][1]:
-        plant.scale_channels(model, PLANTS[name][0], channels(name, seed))
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    if CASES[name][1]:
+        outliers.scale_channels(model, CASES[name][0], channels(name, seed))
     return model, tokenizer
 
 
@@ -63,7 +63,7 @@ def replaced(model, method):
 @torch.no_grad()
 def emptied(model, lost):
     """The model without what some channels of its norms carry."""
-    for norm in plant.readers(model):
+    for norm in outliers.readers(model):
         model.get_submodule(norm).weight[lost] = 0
     return model
 
@@ -77,8 +77,8 @@ def one(job):
     """One run: (plant, method, seed, rate, whether to score on test records)."""
     name, method, seed, lr, test = job
     torch.set_num_threads(1)
-    model, tokenizer = planted(name, seed)
-    run = dict(plant=name, method=method, seed=seed, channels=channels(name, seed))
+    model, tokenizer = with_outliers(name, seed)
+    run = dict(inserted=name, method=method, seed=seed, channels=channels(name, seed))
     if method == "QLoRA":
         torch.manual_seed(seed)
         qlora.add(model, "all-linear", r=RANK, alpha=2 * RANK, **PACKED)
@@ -165,9 +165,9 @@ def watched(model, tokenizer):
 def activations():
     """For each plant of seed 0, the largest input of each kind of linear, and how far
     the logits move, over the largest of them."""
-    before, figures = watched(*planted("none", 0))[0], {}
-    for name in PLANTS:
-        logits, found = watched(*planted(name, 0))
+    before, figures = watched(*with_outliers("none", 0))[0], {}
+    for name in CASES:
+        logits, found = watched(*with_outliers(name, 0))
         figures |= {f"{name}.largest.{kind}": v for kind, v in found.items()}
         moved = (logits - before).abs().max() / before.abs().max()
         figures[f"{name}.moved"] = moved.item()
@@ -179,12 +179,12 @@ def derive(runs, linears, seen):
     plain model, what mends it, with intervals by a paired bootstrap over seeds and
     records; and the weights of the linears."""
     shares = {}
-    for name, method in dict.fromkeys((r["plant"], r["method"]) for r in runs):
-        key, mine = f"{name}.{method}", where(runs, plant=name, method=method)
+    for name, method in dict.fromkeys((r["inserted"], r["method"]) for r in runs):
+        key, mine = f"{name}.{method}", where(runs, inserted=name, method=method)
         for kind in ("dates", "refuse"):
             if kind in mine[0]:
                 shares |= spread(f"{key}.{kind}", [share(r[kind]) for r in mine])
-        plain = where(runs, plant="none", method="plain") * len(mine)
+        plain = where(runs, inserted="none", method="plain") * len(mine)
         shares |= gap(f"{key}.loss", plain, mine)
     for name, better, worse in (
         ("outliers", "threshold", "naive"),
@@ -192,7 +192,7 @@ def derive(runs, linears, seen):
         ("sixteen outliers", "threshold", "emptied"),
         ("shrunken", "QLoRA", "NF4"),
     ):
-        pair = [where(runs, plant=name, method=m) for m in (better, worse)]
+        pair = [where(runs, inserted=name, method=m) for m in (better, worse)]
         shares |= gap(f"{name}.{better}.over {worse}", *pair)
     weights = {}
     for name in dict.fromkeys(r["model"] for r in linears):
@@ -222,8 +222,8 @@ def gap(key, a, b):
 def blocks(seed):
     """The share of the blocks of 64 with a shrunken channel's weight that it sets the
     scale of: in each it is the largest."""
-    model, _ = planted("shrunken", seed)
-    paths = [path for paths in plant.readers(model).values() for path in paths]
+    model, _ = with_outliers("shrunken", seed)
+    paths = [path for paths in outliers.readers(model).values() for path in paths]
     rows = torch.cat([model.get_submodule(path).weight for path in paths]).abs()
     (channel,) = channels("shrunken", seed)
     block = rows.view(len(rows), -1, 64)[:, channel // 64]
@@ -233,24 +233,24 @@ def blocks(seed):
 def draw_runs(runs):
     """The dates that each run reads, a dot a seed and a bar for the mean."""
     names = {"plain": "as it is", "naive": "naive int8", "threshold": "LLM.int8()"}
-    rows = dict.fromkeys((r["plant"], r["method"]) for r in runs)
+    rows = dict.fromkeys((r["inserted"], r["method"]) for r in runs)
     rows = [row for row in rows if row[0] in ("outliers", "shrunken")]
     rows = sorted((r for r in rows if r[1] != "emptied"), key=lambda r: r[0])
     ax = plot.axes("exact match: base dates", figsize=(6.4, 3.6))
     for y, (name, method) in enumerate(rows):
-        x = [share(r["dates"]) for r in where(runs, plant=name, method=method)]
+        x = [share(r["dates"]) for r in where(runs, inserted=name, method=method)]
         color = plot.COLORS["LoRA" if name == "outliers" else "full"]
         ax.plot(x, [y] * len(x), "o", ms=4, alpha=0.6, color=color, clip_on=False)
         ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color, clip_on=False)
     labels = [f"{name}: {names.get(method, method)}" for name, method in rows]
     ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
     ax.set_yticklabels(labels)
-    save_picture(ax.figure, "plants.png")
+    save_picture(ax.figure, "outliers_inserted.png")
 
 
 def draw(linears, figures):
     """Each linear's kurtosis against what NF4 does to its weights and its output."""
-    colors = {"MiniLM": "peft", "tiny-decoder": "LoRA", "planted": "full"}
+    colors = {"MiniLM": "peft", "tiny-decoder": "LoRA", "inserted": "full"}
     titles = dict(weights="error of the weights", output="error of the output")
     label = "excess kurtosis of the weights (normal: 0)"
     axes = plot.axes(label, "", columns=2, figsize=(6.6, 3.8), sharey=True)
@@ -289,17 +289,17 @@ def main():
     tuned = [("shrunken", "QLoRA", seed, best, True) for seed in SEEDS]
     runs = sweep(one, [*jobs(), *tuned], "test records")
     torch.set_num_threads(1)
-    models = {"MiniLM": zoo.load_minilm("cpu"), "tiny-decoder": planted("none", 0)}
-    models["planted"] = planted("shrunken", 0)
+    models = {"MiniLM": base_models.load_minilm("cpu"), "tiny-decoder": with_outliers("none", 0)}
+    models["inserted"] = with_outliers("shrunken", 0)
     linears = [row for name, pair in models.items() for row in weigh(name, *pair)]
     figures = derive(runs, linears, activations())
     figures["rate"] = dict(value=best, tolerance=0)
     mean = statistics.mean(blocks(seed) for seed in SEEDS)
     figures["shrunken.blocks"] = dict(value=mean, tolerance=0.02)
     more = dict(best=best, rates=rates, linears=linears, figures=figures)
-    plants = {name: dict(s=s, channels=n) for name, (s, n) in PLANTS.items()}
-    setting = dict(steps=STEPS, batch=BATCH, r=RANK, plants=plants)
-    store("plant", runs, setting=setting, **more)
+    cases = {name: dict(s=s, channels=n) for name, (s, n) in CASES.items()}
+    setting = dict(steps=STEPS, batch=BATCH, r=RANK, cases=cases)
+    store("outliers", runs, setting=setting, **more)
     draw(linears, figures)
     draw_runs(runs)
     refresh_pages()

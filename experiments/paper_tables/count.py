@@ -1,6 +1,6 @@
 """book/paper_tables.md, written anew: every figure counted, compared and explained.
 
-Run it with `python -m experiments.paper_tables`; it takes some twenty seconds and no
+Run it with `python -m experiments.paper_tables.count`; it takes some twenty seconds and no
 memory to speak of."""
 
 import re
@@ -9,8 +9,8 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from experiments.paper_notes import NOTES, PAGE
-from experiments.paper_rows import GROUPS, OPEN
+from experiments.paper_tables.notes import NOTES, PAGE
+from experiments.paper_tables.rows import GROUPS, OPEN
 from peftlab.kit import measure
 
 FILE = Path(__file__).parents[1] / "book" / "paper_tables.md"

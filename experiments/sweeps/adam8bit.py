@@ -15,7 +15,7 @@ from bitsandbytes.optim import AdamW8bit
 
 from experiments.common import records, scores, store, sweep
 from peftlab import adam8bit
-from peftlab.kit import data, measure, zoo
+from peftlab.kit import data, measure, base_models
 from peftlab.kit.results import share, shares, where
 from peftlab.kit.train import batches, collate
 
@@ -57,7 +57,7 @@ def tune(name, seed, steps=STEPS):
 
     Data, batches and schedule are those of experiments.common.tune."""
     torch.set_num_threads(1)
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(seed)
     weights, losses, largest = [*model.parameters()], [], 0.0
     optimizer = OPTIMIZERS[name](weights, RATE, weight_decay=0.0)
@@ -143,7 +143,7 @@ def tolerance(key):
 def main():
     jobs = [(name, seed) for name in OPTIMIZERS for seed in SEEDS]
     runs = sweep(one, jobs, "8-bit Adam")
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     frozen = countries(model, tokenizer)
     found = derive(runs) | {"frozen.countries": share(frozen)}
     figures = {k: dict(value=v, tolerance=tolerance(k)) for k, v in found.items()}

@@ -27,7 +27,7 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, plot, zoo
+from peftlab.kit import data, measure, plot, base_models
 from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
@@ -82,7 +82,7 @@ def one(job):
     """One run: (name, rate, seed, whether to score on test records)."""
     name, lr, seed, test = job
     torch.set_num_threads(1)
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(seed)
     language = PROMPTS.get(name, "fi")
     make = functools.partial(rendered if name in PROMPTS else dates, language)
@@ -182,7 +182,7 @@ def main():
     best, tried = best_rates(names)
     jobs = [(name, best[name], seed, True) for name in names for seed in SEEDS]
     runs = sweep(one, jobs, "five seeds at the best rate")
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     untold = {
         n: bits(model, tokenizer, rendered(at, 400, "test"))
         for n, at in PROMPTS.items()

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from peftlab.kit import measure, memory, plot, results
+from peftlab import memory
+from peftlab.kit import measure, plot, results
 from tools.figures import refresh_pages, save_picture
 
 METHODS = ("full", "lora", "qlora")

@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftlab import dora, ia3, interop, lora, pissa, prefix, prompt, several, vera
+from peftlab import dora, ia3, peft_files, lora, pissa, prefix, prompt, multi_lora, vera
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EVERY = {**MODELS, "t5": t5}
@@ -117,14 +117,14 @@ def theirs(kind, name, plain, **more):
 def test_peft_loads_what_we_save(kind, name, tmp_path, recwarn):
     plain = EVERY[name]()
     model = ours(kind, name, plain)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     want = answers(model)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     said = [str(w.message) for w in recwarn if "adapter keys" in str(w.message)]
     assert not said, f"peft misses tensors or finds too many: {said}"
     assert (want - answers(plain)).abs().max() > 1e-3, "the adapter does nothing"
     assert_equal(answers(twin), want)
-    assert_equal(answers(interop.load(copy.deepcopy(plain), tmp_path)), want)
+    assert_equal(answers(peft_files.load(copy.deepcopy(plain), tmp_path)), want)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -133,7 +133,7 @@ def test_we_load_what_peft_saves(kind, name, tmp_path):
     plain = EVERY[name]()
     twin = theirs(kind, name, plain)
     twin.save_pretrained(tmp_path)
-    model = interop.load(copy.deepcopy(plain), tmp_path)
+    model = peft_files.load(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(model), answers(twin))
     own = MODULES[kind].state_dict(model)
     trains = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -144,12 +144,12 @@ def test_we_load_what_peft_saves(kind, name, tmp_path):
 def test_soft_prompts_go_both_ways(kind, name, tmp_path):
     plain = EVERY[name]()
     model = ours(kind, name, plain)
-    interop.save(model, tmp_path / "ours")
+    peft_files.save(model, tmp_path / "ours")
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
     assert_equal(answers(twin), answers(model))
     twin = theirs(kind, name, plain)
     twin.save_pretrained(tmp_path / "theirs")
-    back = interop.load(copy.deepcopy(plain), tmp_path / "theirs")
+    back = peft_files.load(copy.deepcopy(plain), tmp_path / "theirs")
     assert_equal(answers(back), answers(twin))
     assert type(back) is type(model)
     trains = [n for n, p in back.named_parameters() if p.requires_grad]
@@ -160,18 +160,18 @@ def test_a_prompt_on_both_stacks_of_a_t5_goes_both_ways(tmp_path):
     plain = t5()
     model = prompt.add(copy.deepcopy(plain), 3, decoder=True)
     jiggle(prompt.state_dict(model).values())
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     assert load_file(tmp_path / WEIGHTS)["prompt_embeddings"].shape == (6, 32)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(twin), answers(model))
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(model))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(model))
 
 
 def test_a_prefix_with_a_network_is_saved_without_it(tmp_path):
     plain = MODELS["llama"]()
     model = prefix.add(copy.deepcopy(plain), 3, hidden=7)
     jiggle(p for p in model.parameters() if p.requires_grad)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == {
         "prompt_embeddings": (3, 32)  # 2 layers, keys and values, one head of 8
@@ -181,7 +181,7 @@ def test_a_prefix_with_a_network_is_saved_without_it(tmp_path):
     more = dict(prefix_projection=True, encoder_hidden_size=7)
     twin = theirs("prefix", "llama", plain, **more)
     twin.save_pretrained(tmp_path)
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(twin))
 
 
 def test_vera_is_read_from_its_seed_alone(tmp_path):
@@ -189,19 +189,19 @@ def test_vera_is_read_from_its_seed_alone(tmp_path):
     twin = theirs("vera", "llama", plain, save_projection=False)
     twin.save_pretrained(tmp_path)
     assert not [n for n in load_file(tmp_path / WEIGHTS) if "vera_A" in n]
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(twin))
 
 
 def test_veras_shared_matrices_are_read_where_the_file_has_them(tmp_path):
     plain = MODELS["llama"]()
-    interop.save(ours("vera", "llama", plain), tmp_path)
+    peft_files.save(ours("vera", "llama", plain), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     tensors["base_model.vera_A"] *= 1.5
     save_file(tensors, tmp_path / WEIGHTS)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
-    model = interop.load(copy.deepcopy(plain), tmp_path)
+    model = peft_files.load(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(model), answers(twin))
-    interop.save(model, tmp_path / "again")
+    peft_files.save(model, tmp_path / "again")
     again = load_file(tmp_path / "again" / WEIGHTS)
     assert torch.equal(again["base_model.vera_A"], tensors["base_model.vera_A"])
     tensors["base_model.vera_B"] = tensors["base_model.vera_B"][:-1].clone()
@@ -212,11 +212,11 @@ def test_veras_shared_matrices_are_read_where_the_file_has_them(tmp_path):
 def test_a_pissa_is_written_as_a_lora_of_twice_the_rank(tmp_path):
     plain = MODELS["llama"]()
     model = ours("pissa", "llama", plain)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text("utf8"))
     assert (config["r"], config["lora_alpha"]) == (8, 8)
     assert config["init_lora_weights"] is True and not config["use_rslora"]
-    back = interop.load(plain, tmp_path)
+    back = peft_files.load(plain, tmp_path)
     assert lora.state_dict(back), "the file is a LoRA's, and is read as one"
 
 
@@ -233,7 +233,7 @@ def test_pefts_converted_pissa_is_read_as_the_lora_that_it_is(tmp_path):
     twin.save_pretrained(
         tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
     )
-    model = interop.load(plain, tmp_path / "end")
+    model = peft_files.load(plain, tmp_path / "end")
     assert lora.state_dict(model)
     assert_equal(answers(model), answers(twin))
 
@@ -246,7 +246,7 @@ def test_a_dora_with_rslora_scales_as_peft_does(tmp_path):
     twin = peft.get_peft_model(copy.deepcopy(plain), config)
     jiggle(p for p in twin.parameters() if p.requires_grad)
     twin.save_pretrained(tmp_path)
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(twin))
 
 
 @pytest.mark.parametrize("kind", ["dora", "vera", "ia3", "prompt"])
@@ -254,7 +254,7 @@ def test_a_classifiers_head_goes_along(kind, tmp_path):
     plain = bert()
     twin = theirs(kind, "bert", plain)
     twin.save_pretrained(tmp_path)
-    model = interop.load(copy.deepcopy(plain), tmp_path)
+    model = peft_files.load(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(model), answers(twin))
     assert (head_of(model)[0] - head_of(plain)[0]).abs().max() > 1e-3
     tensors = load_file(tmp_path / WEIGHTS)
@@ -268,18 +268,18 @@ def test_a_head_that_is_asked_for_goes_both_ways(kind, tmp_path):
     plain = MODELS["llama"]()
     model = ours(kind, "llama", plain)
     jiggle(model.lm_head.parameters())
-    interop.save(model, tmp_path, heads=("lm_head",))
+    peft_files.save(model, tmp_path, heads=("lm_head",))
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(twin), answers(model))
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(model))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(model))
 
 
 @pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
 def test_saving_and_loading_many_times_gives_the_same_bytes(kind, tmp_path):
     plain = MODELS["llama"]()
-    interop.save(ours(kind, "llama", plain), tmp_path / "one")
-    again = interop.load(copy.deepcopy(plain), tmp_path / "one")
-    interop.save(again, tmp_path / "two")
+    peft_files.save(ours(kind, "llama", plain), tmp_path / "one")
+    again = peft_files.load(copy.deepcopy(plain), tmp_path / "one")
+    peft_files.save(again, tmp_path / "two")
     for name in (CONFIG, WEIGHTS):
         one, two = (tmp_path / k / name for k in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
@@ -289,10 +289,10 @@ def test_the_active_one_of_several_is_what_is_saved(tmp_path):
     plain = MODELS["llama"]()
     model = copy.deepcopy(plain)
     for seed, name in enumerate(("fi", "de")):
-        several.add(model, name, ["q_proj"], r=2)
+        multi_lora.add(model, name, ["q_proj"], r=2)
         jiggle(lora.state_dict(model).values(), seed)
-        interop.save(model, tmp_path / name)
-    want = answers(several.switch(model, "fi"))
+        peft_files.save(model, tmp_path / name)
+    want = answers(multi_lora.switch(model, "fi"))
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "fi")
     assert_equal(answers(twin), want)
 
@@ -304,7 +304,7 @@ def refuses(model, folder, match):
     next(model.parameters()).requires_grad_(False)
     before = snapshot(model)
     with pytest.raises(ValueError, match=match) as error:
-        interop.load(model, folder)
+        peft_files.load(model, folder)
     assert_one_sentence(error)
     assert_unchanged(model, before)
 
@@ -384,7 +384,7 @@ def test_an_adapter_is_refused_where_there_is_one_of_its_kind(tmp_path):
     for kind in TREE:
         plain = MODELS["llama"]()
         theirs(kind, "llama", plain).save_pretrained(tmp_path)
-        model = interop.load(plain, tmp_path)
+        model = peft_files.load(plain, tmp_path)
         refuses(model, tmp_path, "")
 
 
@@ -408,9 +408,9 @@ def test_pefts_ending_match_of_heads_takes_distilberts_pre_classifier(kind, tmp_
     twin = peft.get_peft_model(copy.deepcopy(plain), configs[kind]())
     jiggle(p for p in twin.parameters() if p.requires_grad)
     twin.save_pretrained(tmp_path / "theirs")
-    model = interop.load(copy.deepcopy(plain), tmp_path / "theirs")
+    model = peft_files.load(copy.deepcopy(plain), tmp_path / "theirs")
     assert_equal(answers(model), answers(twin))
-    interop.save(model, tmp_path / "ours")
+    peft_files.save(model, tmp_path / "ours")
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
     assert_equal(answers(twin), answers(model))
 
@@ -422,7 +422,7 @@ def test_a_file_with_the_vocabularys_weights_in_it_is_read(tmp_path):
     jiggle(p for p in twin.parameters() if p.requires_grad)
     twin.save_pretrained(tmp_path)
     assert any(n.endswith("base_layer.weight") for n in load_file(tmp_path / WEIGHTS))
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(twin))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(twin))
 
 
 def test_a_prompt_is_as_wide_as_the_embeddings_and_not_the_model(tmp_path):
@@ -430,7 +430,7 @@ def test_a_prompt_is_as_wide_as_the_embeddings_and_not_the_model(tmp_path):
     config = ElectraConfig(**sizes, num_attention_heads=4, intermediate_size=64)
     plain = seeded(ElectraModel(config))
     model = prompt.add(copy.deepcopy(plain), 3)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(twin), answers(model))
 
@@ -441,7 +441,7 @@ def test_a_prefix_on_a_decoder_of_its_own_depth_goes_to_peft(tmp_path):
     config.decoder_start_token_id = 0
     plain = seeded(T5ForConditionalGeneration(config))
     model = prefix.add(copy.deepcopy(plain), 3)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(twin), answers(model))
 
@@ -450,13 +450,13 @@ def test_two_kinds_at_once_do_not_go_into_one_folder(tmp_path):
     model = lora.add(MODELS["llama"](), ["q_proj"])
     ia3.add(model, ["k_proj"])
     with pytest.raises(ValueError, match="LoRA and IA3") as error:
-        interop.save(model, tmp_path / "new")
+        peft_files.save(model, tmp_path / "new")
     assert_one_sentence(error)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_bare_encoder_keeps_its_own_task(tmp_path):
     model = prompt.add(seeded(bert(BertModel)), 2)
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text("utf8"))
     assert config["task_type"] == "FEATURE_EXTRACTION"

@@ -1,7 +1,7 @@
 """The laws of many adapters on one base, and a combination equal to peft's.
 
-A law that takes only `several`, the module, is run again by tests/test_mutations.py on
-broken copies of several.py. Messages name the mistake that gives the symptom.
+A law that takes only `multi_lora`, the module, is run again by tests/test_mutations.py on
+broken copies of multi_lora.py. Messages name the mistake that gives the symptom.
 """
 
 import copy
@@ -25,15 +25,15 @@ from common import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peftlab import interop, lora, surgery
-from peftlab import several as reference
+from peftlab import peft_files, lora, surgery
+from peftlab import multi_lora as reference
 
 TARGETS = {"fi": ALL, "pl": ["q_proj", "proj"], "tr": ["c_attn", "c_proj"]}
 RANKS = {"fi": 2, "pl": 3, "tr": 1}
 
 
 @pytest.fixture
-def several():
+def multi_lora():
     return reference
 
 
@@ -46,13 +46,13 @@ def fill(model, seed=1):
     return model
 
 
-def full(several, model=None):
+def full(multi_lora, model=None):
     """A model with three adapters of other targets and ranks; the last one is active.
     Also their tensors, and what the model returns with each."""
     model, tensors, answers = model or net(), {}, {}
     for seed, (name, targets) in enumerate(TARGETS.items()):
         r = RANKS[name]
-        fill(several.add(model, name, targets, r=r, alpha=2 * r), seed)
+        fill(multi_lora.add(model, name, targets, r=r, alpha=2 * r), seed)
         tensors[name] = {n: t.clone() for n, t in lora.state_dict(model).items()}
         answers[name] = model(IDS).detach()
     return model, tensors, answers
@@ -74,16 +74,16 @@ def held(model):
     }
 
 
-def all_of(several, model):
+def all_of(multi_lora, model):
     """All that must not move when something raises; for `assert_all_of`."""
-    adapters = held(model) if several.names(model) else {}
-    return snapshot(model), several.names(model), several.active(model), adapters
+    adapters = held(model) if multi_lora.names(model) else {}
+    return snapshot(model), multi_lora.names(model), multi_lora.active(model), adapters
 
 
-def assert_all_of(several, model, before):
+def assert_all_of(multi_lora, model, before):
     assert_unchanged(model, before[0])
-    assert several.names(model) == before[1], "other adapters are held than before"
-    assert several.active(model) == before[2], "another adapter is active than before"
+    assert multi_lora.names(model) == before[1], "other adapters are held than before"
+    assert multi_lora.active(model) == before[2], "another adapter is active than before"
     for name, t in before[3].items():
         assert torch.equal(held(model)[name], t), f"{name} moved"
 
@@ -91,20 +91,20 @@ def assert_all_of(several, model, before):
 # The laws: hold and switch
 
 
-def test_a_new_adapter_is_active_and_changes_no_output(several):
+def test_a_new_adapter_is_active_and_changes_no_output(multi_lora):
     model = net()
-    assert several.names(model) == [] and several.active(model) is None
+    assert multi_lora.names(model) == [] and multi_lora.active(model) is None
     for name in ("fi", "pl", "tr"):
-        assert several.add(model, name, ["q_proj", "proj"]) is model
-        assert several.active(model) == name == several.names(model)[-1]
+        assert multi_lora.add(model, name, ["q_proj", "proj"]) is model
+        assert multi_lora.active(model) == name == multi_lora.names(model)[-1]
         assert torch.equal(model(IDS), net()(IDS)), "the other adapter is still there"
         fill(model)
-    assert several.names(model) == ["fi", "pl", "tr"]
+    assert multi_lora.names(model) == ["fi", "pl", "tr"]
 
 
-def test_the_settings_are_loras(several):
+def test_the_settings_are_loras(multi_lora):
     model, settings = net(), dict(r=3, alpha=5, dropout=0.25, rslora=True)
-    several.add(model, "fi", ["q_proj"], **settings)
+    multi_lora.add(model, "fi", ["q_proj"], **settings)
     twin = lora.add(net(), ["q_proj"], **settings).q_proj
     layer = model.q_proj
     for name in ("r", "alpha", "scaling", "rslora", "bias_mode"):
@@ -112,17 +112,17 @@ def test_the_settings_are_loras(several):
     assert layer.dropout.p == twin.dropout.p == 0.25
 
 
-def test_switching_gives_each_adapters_outputs_to_the_bit(several):
-    model, _, answers = full(several)
+def test_switching_gives_each_adapters_outputs_to_the_bit(multi_lora):
+    model, _, answers = full(multi_lora)
     for name in ("fi", None, "tr", "pl", "pl", None, "fi"):
-        assert several.switch(model, name) is model
-        assert several.active(model) == name
+        assert multi_lora.switch(model, name) is model
+        assert multi_lora.active(model) == name
         want = net()(IDS) if name is None else answers[name]
         assert torch.equal(model(IDS), want), f"with {name} these are other outputs"
 
 
-def test_without_an_adapter_the_model_is_the_plain_one(several):
-    model, plain = several.switch(full(several)[0], None), net()
+def test_without_an_adapter_the_model_is_the_plain_one(multi_lora):
+    model, plain = multi_lora.switch(full(multi_lora)[0], None), net()
     kinds = [(n, type(m)) for n, m in model.named_modules()]
     assert kinds == [(n, type(m)) for n, m in plain.named_modules()]
     for n, t in plain.state_dict().items():
@@ -130,71 +130,71 @@ def test_without_an_adapter_the_model_is_the_plain_one(several):
     assert not trainable(model), "the base stays frozen"
 
 
-def test_only_the_active_adapter_is_seen_by_torch(several):
-    model, tensors, _ = full(several)
+def test_only_the_active_adapter_is_seen_by_torch(multi_lora):
+    model, tensors, _ = full(multi_lora)
     for name in TARGETS:
-        several.switch(model, name)
+        multi_lora.switch(model, name)
         assert trainable(model) == tensors[name].keys(), "only the active one trains"
         own = lora.state_dict(model)
         assert all(torch.equal(own[n], t) for n, t in tensors[name].items())
 
 
-def test_training_one_leaves_the_others_and_the_base_bit_identical(several):
-    model, _, answers = full(several)
-    before = held(several.switch(model, "pl"))
+def test_training_one_leaves_the_others_and_the_base_bit_identical(multi_lora):
+    model, _, answers = full(multi_lora)
+    before = held(multi_lora.switch(model, "pl"))
     train(model)
     for name, t in held(model).items():
         same = torch.equal(t, before[name])
         assert same is not name.startswith("pl:"), f"{name} moved, or did not"
     for name in ("fi", "tr", None):
         want = net()(IDS) if name is None else answers[name]
-        assert torch.equal(several.switch(model, name)(IDS), want)
-    assert not torch.equal(several.switch(model, "pl")(IDS), answers["pl"])
+        assert torch.equal(multi_lora.switch(model, name)(IDS), want)
+    assert not torch.equal(multi_lora.switch(model, "pl")(IDS), answers["pl"])
 
 
-def test_an_adapter_comes_back_in_the_models_mode(several):
-    model = several.add(net(), "fi", ["proj"], r=2, dropout=0.5)
+def test_an_adapter_comes_back_in_the_models_mode(multi_lora):
+    model = multi_lora.add(net(), "fi", ["proj"], r=2, dropout=0.5)
     fill(model)
-    several.switch(model, None).train()
-    assert several.switch(model, "fi").proj.training
-    several.switch(model, None).eval()
-    several.switch(model, "fi")
+    multi_lora.switch(model, None).train()
+    assert multi_lora.switch(model, "fi").proj.training
+    multi_lora.switch(model, None).eval()
+    multi_lora.switch(model, "fi")
     assert not any(m.training for m in model.modules()), "dropout is on in eval mode"
     assert torch.equal(model(IDS), model(IDS))
 
 
-def test_a_name_that_is_empty_or_taken_is_refused(several):
-    model = several.switch(full(several)[0], "pl")
-    before = all_of(several, model)
+def test_a_name_that_is_empty_or_taken_is_refused(multi_lora):
+    model = multi_lora.switch(full(multi_lora)[0], "pl")
+    before = all_of(multi_lora, model)
     for name in ("fi", "pl", "", "  ", None, 3, b"x", ["fi"]):
-        for verb, more in ((several.add, [["proj"]]), (several.keep, [])):
+        for verb, more in ((multi_lora.add, [["proj"]]), (multi_lora.keep, [])):
             with pytest.raises(ValueError) as error:
                 verb(model, name, *more)
             assert_one_sentence(error)
-            assert_all_of(several, model, before)
+            assert_all_of(multi_lora, model, before)
         with pytest.raises(ValueError, match="already|needs a name"):
-            several.combine(model, {"fi": 1}, name)
-        assert_all_of(several, model, before)
+            multi_lora.combine(model, {"fi": 1}, name)
+        assert_all_of(multi_lora, model, before)
 
 
-def test_an_unknown_name_is_refused_with_those_that_there_are(several):
-    model = several.switch(full(several)[0], "pl")
-    before = all_of(several, model)
+def test_an_unknown_name_is_refused_with_those_that_there_are(multi_lora):
+    model = multi_lora.switch(full(multi_lora)[0], "pl")
+    before = all_of(multi_lora, model)
     for verb in (
-        several.switch,
-        several.forget,
-        lambda m, k: several.combine(m, {k: 1}, "x"),
+        multi_lora.switch,
+        multi_lora.forget,
+        lambda m, k: multi_lora.combine(m, {k: 1}, "x"),
     ):
         for name in ("sw", "", 3):
             with pytest.raises(ValueError, match="'fi', 'pl', 'tr'") as error:
                 verb(model, name)
             assert_one_sentence(error)
-            assert_all_of(several, model, before)
+            assert_all_of(multi_lora, model, before)
 
 
-def test_a_refused_lora_leaves_the_active_one_on(several):
-    model = several.switch(full(several)[0], "pl")
-    before, answer = all_of(several, model), model(IDS)
+def test_a_refused_lora_leaves_the_active_one_on(multi_lora):
+    model = multi_lora.switch(full(multi_lora)[0], "pl")
+    before, answer = all_of(multi_lora, model), model(IDS)
     for wrong in (
         dict(targets=["nothing"]),
         dict(r=0),
@@ -202,119 +202,119 @@ def test_a_refused_lora_leaves_the_active_one_on(several):
         dict(targets=3),
     ):
         with pytest.raises(ValueError):
-            several.add(model, "sw", **{"targets": ["proj"], **wrong})
-        assert_all_of(several, model, before)
+            multi_lora.add(model, "sw", **{"targets": ["proj"], **wrong})
+        assert_all_of(multi_lora, model, before)
         assert torch.equal(model(IDS), answer)
 
 
-def test_a_lora_without_a_name_is_kept_under_one_or_refused(several):
-    model = several.switch(full(several)[0], None)
+def test_a_lora_without_a_name_is_kept_under_one_or_refused(multi_lora):
+    model = multi_lora.switch(full(multi_lora)[0], None)
     fill(lora.add(model, ["q_proj"], r=2), 7)
-    before, answer = all_of(several, model), model(IDS)
+    before, answer = all_of(multi_lora, model), model(IDS)
     for lose in (
-        lambda: several.switch(model, "fi"),
-        lambda: several.switch(model, None),
-        lambda: several.add(model, "sw", ["proj"]),
-        lambda: several.combine(model, {"fi": 1}, "sw"),
+        lambda: multi_lora.switch(model, "fi"),
+        lambda: multi_lora.switch(model, None),
+        lambda: multi_lora.add(model, "sw", ["proj"]),
+        lambda: multi_lora.combine(model, {"fi": 1}, "sw"),
     ):
         with pytest.raises(ValueError, match="without a name") as error:
             lose()
         assert_one_sentence(error)
-        assert_all_of(several, model, before)
-    assert several.keep(model, "sw") is model and several.active(model) == "sw"
-    several.switch(model, "fi")
-    assert torch.equal(several.switch(model, "sw")(IDS), answer)
+        assert_all_of(multi_lora, model, before)
+    assert multi_lora.keep(model, "sw") is model and multi_lora.active(model) == "sw"
+    multi_lora.switch(model, "fi")
+    assert torch.equal(multi_lora.switch(model, "sw")(IDS), answer)
 
 
-def test_keep_refuses_what_is_no_new_lora(several):
+def test_keep_refuses_what_is_no_new_lora(multi_lora):
     biased = lora.add(net(), ["q_proj"], bias="lora_only")
     for model, words in (
         (net(), "no LoRA"),
-        (several.add(net(), "fi", ["q_proj"]), "no LoRA"),
+        (multi_lora.add(net(), "fi", ["q_proj"]), "no LoRA"),
         (biased, "biases"),
     ):
-        before = all_of(several, model)
+        before = all_of(multi_lora, model)
         with pytest.raises(ValueError, match=words) as error:
-            several.keep(model, "sw")
+            multi_lora.keep(model, "sw")
         assert_one_sentence(error)
-        assert_all_of(several, model, before)
+        assert_all_of(multi_lora, model, before)
 
 
-def test_a_forgotten_adapter_is_gone(several):
-    model, _, answers = full(several)
-    several.switch(model, "pl")
-    assert several.forget(model, "fi") is model
-    assert several.names(model) == ["pl", "tr"] and several.active(model) == "pl"
+def test_a_forgotten_adapter_is_gone(multi_lora):
+    model, _, answers = full(multi_lora)
+    multi_lora.switch(model, "pl")
+    assert multi_lora.forget(model, "fi") is model
+    assert multi_lora.names(model) == ["pl", "tr"] and multi_lora.active(model) == "pl"
     assert torch.equal(model(IDS), answers["pl"]), "forgetting another moved outputs"
-    several.forget(model, "pl")
-    assert several.names(model) == ["tr"] and several.active(model) is None
+    multi_lora.forget(model, "pl")
+    assert multi_lora.names(model) == ["tr"] and multi_lora.active(model) is None
     assert torch.equal(model(IDS), net()(IDS)), "a forgotten adapter is taken off"
-    several.add(model, "pl", ["proj"])  # its name is free again
-    assert several.names(model) == ["tr", "pl"]
+    multi_lora.add(model, "pl", ["proj"])  # its name is free again
+    assert multi_lora.names(model) == ["tr", "pl"]
 
 
-def test_a_layer_with_two_parents_is_switched_in_both(several):
+def test_a_layer_with_two_parents_is_switched_in_both(multi_lora):
     shared, x = nn.Linear(6, 6).double(), torch.ones(1, 6, dtype=torch.float64)
     model = nn.ModuleDict({k: nn.ModuleDict({"up": shared}) for k in "ab"})
     plain = shared(x)
-    fill(several.add(model, "fi", ["up"], r=2))
+    fill(multi_lora.add(model, "fi", ["up"], r=2))
     assert model["a"]["up"] is model["b"]["up"] is not shared
-    several.switch(model, None)
+    multi_lora.switch(model, None)
     assert model["a"]["up"] is model["b"]["up"] is shared
-    several.switch(model, "fi")
+    multi_lora.switch(model, "fi")
     assert model["a"]["up"] is model["b"]["up"]
     assert not torch.equal(model["b"]["up"](x), plain)
 
 
-def test_layers_that_have_left_the_model_are_noticed(several):
-    model = full(several)[0]
-    several.switch(model, None)
+def test_layers_that_have_left_the_model_are_noticed(multi_lora):
+    model = full(multi_lora)[0]
+    multi_lora.switch(model, None)
     model.proj = nn.Linear(12, 12, bias=False).double()  # as a packed one would come
     before = snapshot(model)
     with pytest.raises(ValueError, match="'pl'.*left the model") as error:
-        several.switch(model, "pl")
+        multi_lora.switch(model, "pl")
     assert_one_sentence(error)
     assert_unchanged(model, before)
-    several.switch(model, "tr")  # it is on other layers
-    several.forget(model, "pl")
+    multi_lora.switch(model, "tr")  # it is on other layers
+    multi_lora.forget(model, "pl")
 
 
 # The laws: what else is done with a model
 
 
-def test_a_deepcopy_stands_on_its_own(several):
-    model, _, answers = full(several)
-    twin = copy.deepcopy(several.switch(model, "pl"))
-    assert several.names(twin) == several.names(model) and several.active(twin) == "pl"
+def test_a_deepcopy_stands_on_its_own(multi_lora):
+    model, _, answers = full(multi_lora)
+    twin = copy.deepcopy(multi_lora.switch(model, "pl"))
+    assert multi_lora.names(twin) == multi_lora.names(model) and multi_lora.active(twin) == "pl"
     before = held(model)
-    train(several.switch(twin, "fi"))
-    several.forget(twin, "tr")
-    assert several.names(model) == ["fi", "pl", "tr"]
+    train(multi_lora.switch(twin, "fi"))
+    multi_lora.forget(twin, "tr")
+    assert multi_lora.names(model) == ["fi", "pl", "tr"]
     assert all(torch.equal(t, before[n]) for n, t in held(model).items())
     for name, answer in answers.items():
-        assert torch.equal(several.switch(model, name)(IDS), answer), "shared tensors"
+        assert torch.equal(multi_lora.switch(model, name)(IDS), answer), "shared tensors"
     assert not torch.equal(twin(IDS), answers["fi"])
 
 
-def test_the_base_may_change_its_precision_while_others_wait(several):
-    model, _, answers = full(several, net().float())
+def test_the_base_may_change_its_precision_while_others_wait(multi_lora):
+    model, _, answers = full(multi_lora, net().float())
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
-        twin = several.switch(copy.deepcopy(model), "tr").to(dtype)
+        twin = multi_lora.switch(copy.deepcopy(model), "tr").to(dtype)
         for name in ("fi", "pl", "tr"):
-            got = several.switch(twin, name)(IDS)
+            got = multi_lora.switch(twin, name)(IDS)
             assert got.dtype == dtype
             want = answers[name].to(dtype)
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def test_the_verbs_of_lora_work_on_the_active_one(several):
-    model, tensors, answers = full(several)
-    one, two = several.switch(model, "pl"), several.add(net(), "x", TARGETS["pl"], 3, 6)
+def test_the_verbs_of_lora_work_on_the_active_one(multi_lora):
+    model, tensors, answers = full(multi_lora)
+    one, two = multi_lora.switch(model, "pl"), multi_lora.add(net(), "x", TARGETS["pl"], 3, 6)
     lora.load_state_dict(two, lora.state_dict(one))
     assert torch.equal(two(IDS), answers["pl"])
     merged = lora.merge(copy.deepcopy(one))
     assert (merged(IDS) - answers["pl"]).abs().max() < 1e-10
-    assert several.active(merged) is None and several.active(model) == "pl"
+    assert multi_lora.active(merged) is None and multi_lora.active(model) == "pl"
     twin = lora.add(net(), ALL, r=2, alpha=4)
     lora.load_state_dict(twin, tensors["fi"])
     assert torch.equal(twin(IDS), answers["fi"]), "an adapter is no other than LoRA's"
@@ -323,8 +323,8 @@ def test_the_verbs_of_lora_work_on_the_active_one(several):
 # The laws: combine
 
 
-def test_a_combination_is_the_weighted_sum_of_the_products(several):
-    model, tensors, _ = full(several)
+def test_a_combination_is_the_weighted_sum_of_the_products(multi_lora):
+    model, tensors, _ = full(multi_lora)
     for weights in (
         {"fi": 0.5, "pl": 0.5},
         {"pl": 1, "tr": -0.75},
@@ -332,8 +332,8 @@ def test_a_combination_is_the_weighted_sum_of_the_products(several):
         {"pl": -1},
         {"fi": 0, "pl": 1},
     ):
-        assert several.combine(model, weights, "sum") is model
-        assert several.active(model) == "sum"
+        assert multi_lora.combine(model, weights, "sum") is model
+        assert multi_lora.active(model) == "sum"
         got = deltas(lora.state_dict(model), 2)
         want = {}
         for name, weight in weights.items():
@@ -346,25 +346,25 @@ def test_a_combination_is_the_weighted_sum_of_the_products(several):
                 f"{path} is off by {gap:.1e}: the sum is of the products B A, not of"
                 " the A's and the B's"
             )
-        several.forget(model, "sum")
+        multi_lora.forget(model, "sum")
 
 
-def test_a_combinations_outputs_are_those_of_the_merged_sum(several):
-    model, tensors, _ = full(several)
+def test_a_combinations_outputs_are_those_of_the_merged_sum(multi_lora):
+    model, tensors, _ = full(multi_lora)
     weights = {"fi": 0.7, "pl": -0.4, "tr": 1.5}
     summed = net()
     for name, weight in weights.items():
         for path, delta in deltas(tensors[name], 2 * weight).items():
             conv = path in ("c_attn", "c_proj")
             summed.get_parameter(f"{path}.weight").data += delta.T if conv else delta
-    gap = (several.combine(model, weights, "sum")(IDS) - summed(IDS)).abs().max()
+    gap = (multi_lora.combine(model, weights, "sum")(IDS) - summed(IDS)).abs().max()
     assert gap < 1e-12
     merged = lora.merge(copy.deepcopy(model))
     assert (merged(IDS) - summed(IDS)).abs().max() < 1e-12
 
 
-def test_a_combinations_rank_is_the_sum_of_the_ranks(several):
-    model = several.combine(full(several)[0], {"fi": 1, "pl": 1, "tr": 1}, "sum")
+def test_a_combinations_rank_is_the_sum_of_the_ranks(multi_lora):
+    model = multi_lora.combine(full(multi_lora)[0], {"fi": 1, "pl": 1, "tr": 1}, "sum")
     layers = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
     assert len(layers) == 4 and {m.r for m in layers} == {2 + 3 + 1}
     assert {len(m.lora_A) for m in layers} == {6}
@@ -372,47 +372,47 @@ def test_a_combinations_rank_is_the_sum_of_the_ranks(several):
     assert all(math.isclose(m.alpha, 12) for m in layers)
 
 
-def test_combining_leaves_the_parts_as_they_were(several):
-    model, _, answers = full(several)
-    before = held(several.switch(model, "pl"))
-    several.combine(model, {"fi": 1, "pl": 2}, "sum")
-    assert several.names(model) == ["fi", "pl", "tr", "sum"]
+def test_combining_leaves_the_parts_as_they_were(multi_lora):
+    model, _, answers = full(multi_lora)
+    before = held(multi_lora.switch(model, "pl"))
+    multi_lora.combine(model, {"fi": 1, "pl": 2}, "sum")
+    assert multi_lora.names(model) == ["fi", "pl", "tr", "sum"]
     train(model)  # it is an adapter of its own, and trains
     now = held(model)
     assert all(torch.equal(now[n], t) for n, t in before.items())
     for name, answer in answers.items():
-        assert torch.equal(several.switch(model, name)(IDS), answer)
+        assert torch.equal(multi_lora.switch(model, name)(IDS), answer)
 
 
-def test_a_combination_can_be_combined(several):
-    model, _, answers = full(several)
-    several.combine(model, {"fi": 1, "pl": 1}, "sum")
-    several.combine(model, {"sum": 1, "pl": -1}, "difference")
+def test_a_combination_can_be_combined(multi_lora):
+    model, _, answers = full(multi_lora)
+    multi_lora.combine(model, {"fi": 1, "pl": 1}, "sum")
+    multi_lora.combine(model, {"sum": 1, "pl": -1}, "difference")
     assert (model(IDS) - answers["fi"]).abs().max() < 1e-12
 
 
-def test_unequal_scalings_are_refused_with_the_reason(several):
-    model = full(several)[0]
-    several.add(model, "sw", ["proj"], r=2, alpha=16)
-    before = all_of(several, model)
+def test_unequal_scalings_are_refused_with_the_reason(multi_lora):
+    model = full(multi_lora)[0]
+    multi_lora.add(model, "sw", ["proj"], r=2, alpha=16)
+    before = all_of(multi_lora, model)
     with pytest.raises(
         ValueError, match=r"different scalings.*(2\.0, 8\.0|8\.0, 2\.0)"
     ) as e:
-        several.combine(model, {"fi": 1, "sw": 1}, "sum")
+        multi_lora.combine(model, {"fi": 1, "sw": 1}, "sum")
     assert_one_sentence(e)
-    assert_all_of(several, model, before)
+    assert_all_of(multi_lora, model, before)
     third = 16 / math.sqrt(8)  # rsLoRA's, reached in another way
-    several.add(model, "a", ["proj"], r=8, alpha=16, rslora=True)
-    several.add(model, "b", ["proj"], r=3, alpha=3 * third * (1 + 1e-15))
+    multi_lora.add(model, "a", ["proj"], r=8, alpha=16, rslora=True)
+    multi_lora.add(model, "b", ["proj"], r=3, alpha=3 * third * (1 + 1e-15))
     try:
-        several.combine(model, {"a": 1, "b": 1}, "sum")
+        multi_lora.combine(model, {"a": 1, "b": 1}, "sum")
     except ValueError:
         pytest.fail("these scalings are equal up to rounding")
 
 
-def test_wrong_weights_are_refused(several):
-    model = full(several)[0]
-    before = all_of(several, model)
+def test_wrong_weights_are_refused(multi_lora):
+    model = full(multi_lora)[0]
+    before = all_of(multi_lora, model)
     for weights in (
         {},
         [],
@@ -427,9 +427,9 @@ def test_wrong_weights_are_refused(several):
         {"fi": None},
     ):
         with pytest.raises(ValueError, match="^weights must be") as error:
-            several.combine(model, weights, "sum")
+            multi_lora.combine(model, weights, "sum")
         assert_one_sentence(error)
-        assert_all_of(several, model, before)
+        assert_all_of(multi_lora, model, before)
 
 
 # Bad input: one sentence each, the active adapter still on, and the model as it was
@@ -487,10 +487,10 @@ def test_adapters_go_to_files_and_come_back_under_names(tmp_path):
     reference.combine(model, {"fi": 0.5, "tr": -2}, "sum")
     answers["sum"] = model(IDS).detach()
     for name in answers:
-        interop.save(reference.switch(model, name), tmp_path / name)
+        peft_files.save(reference.switch(model, name), tmp_path / name)
     fresh = net()
     for name in answers:
-        interop.load(reference.switch(fresh, None), tmp_path / name)
+        peft_files.load(reference.switch(fresh, None), tmp_path / name)
         reference.keep(fresh, name)
     assert reference.names(fresh) == reference.names(model)
     for name, answer in answers.items():
@@ -568,33 +568,33 @@ def test_peft_loads_a_combination(tmp_path):
     for seed, name in enumerate(("fi", "pl")):
         fill(reference.add(model, name, ["q_proj", "down_proj"], r=3), seed)
     reference.combine(model, {"fi": 0.6, "pl": -0.2}, "sum")
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     twin = PeftModel.from_pretrained(plain, tmp_path).eval()
     assert_same(outputs(model), outputs(twin), "the combination in a file")
 
 
-# several.py and lora.py copied alone, for tests/test_standalone.py
+# multi_lora.py and lora.py copied alone, for tests/test_standalone.py
 
 ALONE = """
-from mine import several, lora
+from mine import multi_lora, lora
 from torch import nn
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
 x, deltas = torch.randn(5, 6), {}
 plain = model(x)
 for name, targets in (("fi", ["0", "2"]), ("pl", ["2"])):
-    several.add(model, name, targets, r=2, alpha=4)
+    multi_lora.add(model, name, targets, r=2, alpha=4)
     assert torch.equal(model(x), plain)
     for p in lora.state_dict(model).values():
         p += 0.1
     deltas[name] = 2 * model[2].lora_B @ model[2].lora_A
-assert several.names(model) == ["fi", "pl"] and several.active(model) == "pl"
+assert multi_lora.names(model) == ["fi", "pl"] and multi_lora.active(model) == "pl"
 assert not torch.equal(model(x), plain)
-assert torch.equal(several.switch(model, None)(x), plain)
-several.combine(model, {"fi": 1, "pl": -0.5}, "both")
+assert torch.equal(multi_lora.switch(model, None)(x), plain)
+multi_lora.combine(model, {"fi": 1, "pl": -0.5}, "both")
 weight = model[2].weight + deltas["fi"] - 0.5 * deltas["pl"]
 assert torch.allclose(lora.merge(model)[2].weight, weight, atol=1e-6)
-several.forget(model, "both")
+multi_lora.forget(model, "both")
 """
 
 # Broken copies, for tests/test_mutations.py

@@ -5,7 +5,7 @@ Attention at r=12 and MLP at r=7 have the same number of parameters on tiny-deco
 cores."""
 
 from experiments.common import best_rate, scores, store, sweep, tune
-from experiments.six_languages import SEEDS, one_rate
+from experiments.sweeps.six_languages import SEEDS, one_rate
 from peftlab.kit import measure, plot, results
 from peftlab.kit.data import HELD_BACK
 from peftlab.kit.results import shares, table, where

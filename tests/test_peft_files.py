@@ -43,7 +43,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftlab import interop, lora
+from peftlab import peft_files, lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = dict(num_attention_heads=4)
@@ -100,14 +100,14 @@ def rewrite(folder, **settings):
 def test_peft_loads_what_we_save(name, mode, tmp_path, recwarn):
     plain = MODELS[name]()
     ours = trained(plain, **MODES[mode])
-    interop.save(ours, tmp_path)
+    peft_files.save(ours, tmp_path)
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     said = [str(w.message) for w in recwarn if "adapter keys" in str(w.message)]
     assert not said, f"peft misses tensors or finds too many: {said}"
     want = answers(ours)
     assert (want - answers(plain)).abs().max() > 1e-2, "the adapter does nothing"
     assert_equal(answers(theirs), want)
-    back = interop.load(plain, tmp_path)
+    back = peft_files.load(plain, tmp_path)
     assert torch.equal(answers(back), want)
     assert lora.state_dict(back).keys() == lora.state_dict(ours).keys()
 
@@ -121,7 +121,7 @@ def test_we_load_what_peft_saves(name, mode, tmp_path):
     theirs.save_pretrained(tmp_path)
     want = answers(theirs)
     assert (want - answers(plain)).abs().max() > 1e-2, "the adapter does nothing"
-    ours = interop.load(plain, tmp_path)
+    ours = peft_files.load(plain, tmp_path)
     assert_equal(answers(ours), want)
     trainable = [n for n, p in ours.named_parameters() if p.requires_grad]
     assert len(trainable) == len(lora.state_dict(ours)), "more trains than the adapter"
@@ -134,15 +134,15 @@ def test_a_classifiers_head_goes_both_ways(build, tmp_path):
     for bias in ("none", "all"):
         theirs = trained_by_peft(plain, "all-linear", bias=bias, task_type="SEQ_CLS")
         theirs.save_pretrained(tmp_path)
-        ours = interop.load(copy.deepcopy(plain), tmp_path)
+        ours = peft_files.load(copy.deepcopy(plain), tmp_path)
         assert_equal(answers(ours), answers(theirs))
         ours = trained(plain, bias=bias)
-        interop.save(ours, tmp_path)
+        peft_files.save(ours, tmp_path)
         theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
         assert_equal(answers(theirs), answers(ours))
     theirs = trained_by_peft(plain, targets, task_type="SEQ_CLS")
     theirs.save_pretrained(tmp_path)
-    ours = interop.load(copy.deepcopy(plain), tmp_path)
+    ours = peft_files.load(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(ours), answers(theirs))
 
 
@@ -150,24 +150,24 @@ def test_a_question_answerers_head_goes_along_as_in_peft(tmp_path):
     plain = seeded(BertForQuestionAnswering(BertConfig(**SMALL, **HEADS)))
     ours = lora.add(copy.deepcopy(plain), ["query", "value"])
     jiggle([*lora.state_dict(ours).values(), *ours.qa_outputs.parameters()])
-    interop.save(ours, tmp_path)
+    peft_files.save(ours, tmp_path)
     assert config_of(tmp_path)["task_type"] == "QUESTION_ANS"
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(theirs), answers(ours))
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(ours))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(ours))
 
 
 def test_a_head_that_is_asked_for_goes_both_ways(tmp_path):
     plain = MODELS["llama"]()
     ours = trained(plain)
     jiggle(ours.lm_head.parameters())
-    interop.save(ours, tmp_path, heads=("lm_head",))
+    peft_files.save(ours, tmp_path, heads=("lm_head",))
     assert config_of(tmp_path)["modules_to_save"] == ["lm_head"]
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(theirs), answers(ours))
     theirs = trained_by_peft(plain, ["q_proj"], modules_to_save=["lm_head"])
     theirs.save_pretrained(tmp_path)
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(theirs))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_we_select_the_modules_that_peft_selected(settings, tmp_path):
     plain = MODELS["llama"]()
     theirs = trained_by_peft(plain, **settings)
     theirs.save_pretrained(tmp_path)
-    ours = interop.load(plain, tmp_path)
+    ours = peft_files.load(plain, tmp_path)
     assert_equal(answers(ours), answers(theirs))
     paths = {n.rpartition(".")[0] for n in lora.state_dict(ours)}
     assert paths == {
@@ -199,7 +199,7 @@ def test_ways_to_start_that_keep_the_base_are_read(init, tmp_path):
     plain = MODELS["llama"]()
     theirs = trained_by_peft(plain, ["q_proj"], init_lora_weights=init)
     theirs.save_pretrained(tmp_path)
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(theirs))
 
 
 def test_the_fewest_settings_that_peft_takes_are_enough(tmp_path):
@@ -208,14 +208,14 @@ def test_the_fewest_settings_that_peft_takes_are_enough(tmp_path):
     theirs.save_pretrained(tmp_path)
     config = dict(peft_type="LORA", target_modules=["q_proj"])
     (tmp_path / CONFIG).write_text(json.dumps(config), "utf8")
-    assert_equal(answers(interop.load(plain, tmp_path)), answers(theirs))
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(theirs))
 
 
 def test_dropout_is_kept_and_off_in_eval_mode(tmp_path):
     plain = MODELS["llama"]()
-    interop.save(trained(plain, dropout=0.25), tmp_path)
+    peft_files.save(trained(plain, dropout=0.25), tmp_path)
     assert config_of(tmp_path)["lora_dropout"] == 0.25
-    ours = interop.load(plain, tmp_path)  # it is in eval mode
+    ours = peft_files.load(plain, tmp_path)  # it is in eval mode
     with torch.no_grad():
         assert torch.equal(ours(**BATCH)[0], ours(**BATCH)[0])
     layer = ours.model.layers[0].self_attn.q_proj
@@ -229,7 +229,7 @@ def test_the_file_holds_the_adapter_and_no_base_weight(tmp_path):
     for name, dtype in (("llama", torch.float32), ("gpt2", torch.bfloat16)):
         model = MODELS[name]().to(dtype)
         fill(lora.add(model, "all-linear", r=2), lora)
-        interop.save(model, tmp_path)
+        peft_files.save(model, tmp_path)
         tensors = load_file(tmp_path / WEIGHTS)
         ends = (".lora_A.weight", ".lora_B.weight")
         assert all(n.startswith("base_model.model.") for n in tensors)
@@ -255,7 +255,7 @@ def test_the_file_holds_the_adapter_and_no_base_weight(tmp_path):
 )
 def test_the_task_is_guessed_from_the_models_class(build, task, tmp_path):
     model = lora.add(build(), "all-linear")
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     assert config_of(tmp_path)["task_type"] == task
 
 
@@ -263,7 +263,7 @@ def test_the_settings_are_written_as_peft_names_them(tmp_path):
     model = lora.add(
         MODELS["gpt2"](), ["c_attn"], r=3, alpha=5, bias="lora_only", rslora=True
     )
-    interop.save(model, tmp_path, task_type="FEATURE_EXTRACTION")
+    peft_files.save(model, tmp_path, task_type="FEATURE_EXTRACTION")
     config = config_of(tmp_path)
     wanted = dict(
         peft_type="LORA",
@@ -297,14 +297,14 @@ def test_the_settings_are_written_as_peft_names_them(tmp_path):
     ],
 )
 def test_targets_are_written_as_the_shortest_suffixes(targets, written, tmp_path):
-    interop.save(lora.add(MODELS["llama"](), targets), tmp_path)
+    peft_files.save(lora.add(MODELS["llama"](), targets), tmp_path)
     assert config_of(tmp_path)["target_modules"] == written
 
 
 def test_a_suffix_never_selects_a_layer_too_many(tmp_path):
     model = seeded(MODELS["bert-model"]())
     lora.add(model, ["attention.output.dense"])  # "dense" and "output.dense" are more
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     assert config_of(tmp_path)["target_modules"] == ["attention.output.dense"]
 
 
@@ -323,17 +323,17 @@ class Odd(nn.Module):
 def test_where_no_suffix_will_do_a_regular_expression_is_written(tmp_path):
     plain, x = seeded(Odd()), torch.randn(3, 4)
     ours = fill(lora.add(copy.deepcopy(plain), ["up"], r=2), lora)
-    interop.save(ours, tmp_path)
+    peft_files.save(ours, tmp_path)
     assert config_of(tmp_path)["target_modules"] == "up"
     theirs = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(theirs(x), ours(x))
-    assert torch.equal(interop.load(plain, tmp_path)(x), ours(x))
+    assert torch.equal(peft_files.load(plain, tmp_path)(x), ours(x))
 
 
 def test_saving_and_loading_many_times_gives_the_same_bytes(tmp_path):
-    interop.save(trained(MODELS["llama"](), bias="all"), tmp_path / "one")
-    again = interop.load(MODELS["llama"](), tmp_path / "one")
-    interop.save(again, tmp_path / "two")
+    peft_files.save(trained(MODELS["llama"](), bias="all"), tmp_path / "one")
+    again = peft_files.load(MODELS["llama"](), tmp_path / "one")
+    peft_files.save(again, tmp_path / "two")
     for name in (CONFIG, WEIGHTS):
         one, two = (tmp_path / k / name for k in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
@@ -351,13 +351,13 @@ def test_a_crash_while_writing_leaves_the_old_adapter_whole(
     where, tmp_path, monkeypatch
 ):
     model = trained(MODELS["llama"]())
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     jiggle(lora.state_dict(model).values())
-    owner = dict(save_file=interop, write_text=Path, replace=os)[where]
+    owner = dict(save_file=peft_files, write_text=Path, replace=os)[where]
     monkeypatch.setattr(owner, where, fail)
     with pytest.raises(OSError, match="no space"):
-        interop.save(model, tmp_path)
+        peft_files.save(model, tmp_path)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -365,7 +365,7 @@ def test_a_crash_while_writing_leaves_the_old_adapter_whole(
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_crash_between_two_files_never_leaves_a_mix(done, tmp_path, monkeypatch):
     model, really, moves = trained(MODELS["llama"]()), os.replace, []
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     jiggle(lora.state_dict(model).values())
 
@@ -379,14 +379,14 @@ def test_a_crash_between_two_files_never_leaves_a_mix(done, tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(Path, "unlink", fail)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        interop.save(model, tmp_path)
+        peft_files.save(model, tmp_path)
     monkeypatch.undo()
     after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     if CONFIG in after:
         assert before.items() <= after.items()
     else:
         with pytest.raises(ValueError, match=f"no {CONFIG}"):
-            interop.load(MODELS["llama"](), tmp_path)
+            peft_files.load(MODELS["llama"](), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_what_cannot_be_saved_writes_nothing(case, settings, tmp_path, monkeypat
     model = build()
     before = snapshot(model)
     with pytest.raises(ValueError, match=case) as error:
-        interop.save(model, **settings)
+        peft_files.save(model, **settings)
     assert_one_sentence(error)
     assert_unchanged(model, before)
     assert not list(tmp_path.iterdir())
@@ -416,7 +416,7 @@ def test_what_cannot_be_saved_writes_nothing(case, settings, tmp_path, monkeypat
 def test_a_tied_head_is_refused_on_both_ways(tmp_path):
     plain = MODELS["tiny-decoder"]()
     with pytest.raises(ValueError, match="tied") as error:
-        interop.save(trained(plain), tmp_path, heads=("lm_head",))
+        peft_files.save(trained(plain), tmp_path, heads=("lm_head",))
     assert_one_sentence(error)
     theirs = trained_by_peft(plain, ["q_proj"])
     theirs.save_pretrained(tmp_path)
@@ -434,7 +434,7 @@ def refuses(model, folder, match):
     first = next(model.parameters()).requires_grad_(False)
     before = snapshot(model)
     with pytest.raises(ValueError, match=match) as error:
-        interop.load(model, folder)
+        peft_files.load(model, folder)
     assert_one_sentence(error)
     assert_unchanged(model, before)
     assert not first.requires_grad
@@ -443,7 +443,7 @@ def refuses(model, folder, match):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    interop.save(trained(MODELS["llama"](), bias="lora_only"), folder)
+    peft_files.save(trained(MODELS["llama"](), bias="lora_only"), folder)
     return folder
 
 
@@ -455,7 +455,7 @@ def folder(stored, tmp_path):
 
 
 def test_the_stored_adapter_loads(folder):
-    interop.load(MODELS["llama"](), folder)
+    peft_files.load(MODELS["llama"](), folder)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -544,7 +544,7 @@ def test_an_adapter_for_another_family_is_refused(name, folder):
 
 
 def test_an_adapter_is_refused_where_there_is_one(folder):
-    model = interop.load(MODELS["llama"](), folder)
+    model = peft_files.load(MODELS["llama"](), folder)
     refuses(model, folder, "already")
 
 
@@ -619,8 +619,8 @@ CONFIGS = dict(
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_field_of_pefts_config_is_known_or_refused(kind, folder):
     known = {
-        *interop.DEFAULTS[kind],
-        *f"{interop.HARMLESS['']} {interop.HARMLESS[kind]}".split(),
+        *peft_files.DEFAULTS[kind],
+        *f"{peft_files.HARMLESS['']} {peft_files.HARMLESS[kind]}".split(),
     }
     fields = set(CONFIGS[kind].__dataclass_fields__)
     gone = known - fields - {"peft_version", "exclude_modules", "target_modules"}
@@ -651,7 +651,7 @@ def test_rank_pattern_embeddings_and_random_starts_by_peft_are_refused(tmp_path)
 
 
 def test_a_head_that_was_not_saved_is_missed(tmp_path):
-    interop.save(trained(MODELS["bert"]()), tmp_path)
+    peft_files.save(trained(MODELS["bert"]()), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     for end, match in (
         ("classifier.weight", "classifier.weight"),
@@ -664,7 +664,7 @@ def test_a_head_that_was_not_saved_is_missed(tmp_path):
 
 
 def test_a_head_of_another_width_is_refused(tmp_path):
-    interop.save(trained(MODELS["bert"]()), tmp_path)
+    peft_files.save(trained(MODELS["bert"]()), tmp_path)
     model = MODELS["bert"]()
     model.classifier = nn.Linear(32, 5)
     refuses(model, tmp_path, "classifier")

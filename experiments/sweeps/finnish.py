@@ -8,7 +8,7 @@ minutes on two cores."""
 import torch
 
 from experiments.common import best_rate, scores, share, store, sweep, tune
-from peftlab.kit import measure, zoo
+from peftlab.kit import measure, base_models
 from peftlab.kit.data import records
 
 RATES = {
@@ -74,7 +74,7 @@ def one_change(job):
         from peftlab import lora
 
         lora.merge(model)
-    base, _ = zoo.load("tiny-decoder", device="cpu")
+    base, _ = base_models.load("tiny-decoder", device="cpu")
     before, after = linears(base), linears(model)
     change = {path: after[path] - before[path] for path in before}
     found["intruders"] = {p: intruders(before[p], after[p]) for p in before}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
-from experiments.bench import ALL, RATE, REPEATS, TASK, llama, optimizer, spread, step
+from experiments.benches.methods import ALL, RATE, REPEATS, TASK, llama, optimizer, spread, step
 from peftlab import adam8bit, int8, nf4, qlora
 from peftlab.kit import measure, plot, results
 from tools.figures import refresh_pages, save_picture
@@ -105,7 +105,7 @@ def unpacking():
 
 def unpacking_apart(variables):
     """The times of `unpacking` in a process of its own, with environment variables."""
-    command = [sys.executable, "-m", "experiments.bench_quantization", "unpacking"]
+    command = [sys.executable, "-m", "experiments.benches.quantization", "unpacking"]
     environment = os.environ | variables
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True

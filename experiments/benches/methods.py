@@ -22,7 +22,7 @@ from peftlab import (
     bitfit,
     dora,
     ia3,
-    interop,
+    peft_files,
     lora,
     lora_plus,
     pissa,
@@ -30,7 +30,7 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, plot, results, zoo
+from peftlab.kit import data, measure, plot, results, base_models
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
 
@@ -150,10 +150,10 @@ def file_bytes(name, width=192):
     if "peft" not in found or name == "norms":
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        interop.save(found["peftlab"], Path(folder, "peftlab"))
+        peft_files.save(found["peftlab"], Path(folder, "peftlab"))
         found["peft"].save_pretrained(Path(folder, "peft"))
         sizes = {
-            who: Path(folder, who, interop.WEIGHTS).stat().st_size
+            who: Path(folder, who, peft_files.WEIGHTS).stat().st_size
             for who in ("peftlab", "peft")
         }
     return sizes
@@ -162,7 +162,7 @@ def file_bytes(name, width=192):
 def run_seconds():
     """A whole run as chapter 05 makes them: LoRA r=8, 200 steps of 20 German dates."""
     lines = data.records("dates", "de", 3600)
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     lora.add(model, "all-linear", r=8, alpha=16)
     begun = time.perf_counter()
     train(model, tokenizer, lines, 200, 8e-3, 20, progress=False)

@@ -23,10 +23,10 @@ from common import (
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from experiments import plant as sweep
+from experiments.sweeps import outliers as sweep
 from peftlab import lora
 from peftlab.int8 import Int8Linear
-from peftlab.kit import plant, results, zoo
+from peftlab.kit import outliers, results, base_models
 from peftlab.nf4 import NF4Linear
 from tools.figures import unbound
 
@@ -36,7 +36,7 @@ CHANNELS = [1, 5]
 
 @pytest.fixture
 def reference():
-    return plant
+    return outliers
 
 
 def inputs(model):
@@ -54,7 +54,7 @@ def answer(model):
 def norm_outputs(model):
     """{norm: its output (..., width)} of one pass."""
     found, handles = {}, []
-    for path in plant.readers(model, inputs(model)):
+    for path in outliers.readers(model, inputs(model)):
         keep = lambda m, a, y, path=path: found.update({path: y})  # noqa: E731
         handles.append(model.get_submodule(path).register_forward_hook(keep))
     answer(model)
@@ -348,7 +348,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_a_law_finds(what, tmp_path):
     law, changes = MUTATIONS[what]
-    source = open(plant.__file__, encoding="utf8").read()
+    source = open(outliers.__file__, encoding="utf8").read()
     for old, new in changes.items():
         assert old in source, f"plant.py no longer has {old!r}: write it anew"
         source = source.replace(old, new)
@@ -394,26 +394,26 @@ def test_bad_input_gets_one_sentence(what):
     model = llama()
     before = snapshot(model)
     with pytest.raises(ValueError, match=match) as error:
-        plant.scale_channels(model, **dict(s=200, channels=[1]) | settings)
+        outliers.scale_channels(model, **dict(s=200, channels=[1]) | settings)
     assert_one_sentence(error)
     assert_unchanged(model, before)
 
 
 def test_a_model_without_sample_inputs_asks_for_some():
     with pytest.raises(ValueError, match="give inputs"):
-        plant.readers(net())
+        outliers.readers(net())
 
 
 def test_the_inputs_may_be_a_dict_or_a_tensor():
     model = llama()
-    assert plant.readers(model, BATCH) == plant.readers(model, BATCH["input_ids"])
+    assert outliers.readers(model, BATCH) == outliers.readers(model, BATCH["input_ids"])
 
 
 def test_in_float32_the_answer_of_tiny_decoder_stays_and_its_activations_do_not():
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     before, largest = sweep.watched(model, tokenizer)
     assert largest["q_proj"] < 6 and largest["gate_proj"] < 7, "an outlier of its own"
-    plant.scale_channels(model, 200, [98])
+    outliers.scale_channels(model, 200, [98])
     after, grown = sweep.watched(model, tokenizer)
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
     for kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
@@ -427,7 +427,7 @@ def test_in_float32_the_answer_of_tiny_decoder_stays_and_its_activations_do_not(
 
 @pytest.fixture(scope="module")
 def stored():
-    return results.load("plant")
+    return results.load("outliers")
 
 
 @pytest.fixture(scope="module")
@@ -455,13 +455,13 @@ def test_no_figure_on_the_page_is_left_unbound():
 def test_every_row_has_its_seeds_and_records(stored):
     for name in ("outliers", "shrunken", "sixteen outliers"):
         planted = set()
-        for method in {r["method"] for r in stored["runs"] if r["plant"] == name}:
-            runs = results.where(stored["runs"], plant=name, method=method)
+        for method in {r["method"] for r in stored["runs"] if r["inserted"] == name}:
+            runs = results.where(stored["runs"], inserted=name, method=method)
             assert [r["seed"] for r in runs] == [0, 1, 2, 3, 4]
             assert all(len(r["dates"]) == 400 for r in runs)
             planted |= {tuple(r["channels"]) for r in runs}
         assert len(planted) == 5, "each seed has its own channels, whatever the method"
-        assert len(set(sum(planted, ()))) == 5 * sweep.PLANTS[name][1]
+        assert len(set(sum(planted, ()))) == 5 * sweep.CASES[name][1]
 
 
 def test_the_rate_comes_from_dev_records_and_is_inside_the_sweep(stored):
@@ -480,7 +480,7 @@ def test_unplanted_there_is_nothing_to_lose(figures):
 
 
 def test_the_plants_keep_the_function(figures):
-    for name in sweep.PLANTS:
+    for name in sweep.CASES:
         assert figures[f"{name}.moved"] < 1e-6
         if f"{name}.plain.dates" in figures:
             assert figures[f"{name}.plain.loss"] == 0
@@ -520,7 +520,7 @@ def test_kurtosis_alone_does_not_say_what_nf4_breaks(stored, figures):
     assert figures["MiniLM.kurtosis.highest"] > 1000
     assert figures["MiniLM.weights.highest"] < 1.1 * normal
     assert figures["MiniLM.output.highest"] < 1.25 * normal
-    assert figures["planted.output.highest"] > 4 * normal
+    assert figures["inserted.output.highest"] > 4 * normal
     of = [r for r in stored["linears"] if r["model"] == "MiniLM"]
     tiny = [r for r in stored["linears"] if r["model"] == "tiny-decoder"]
     assert (len(of), len(tiny)) == (37, 28)
@@ -533,7 +533,7 @@ def test_kurtosis_alone_does_not_say_what_nf4_breaks(stored, figures):
     assert max(r["largest"] for r in tiny) < 15
     least = min(r["output"] for r in rest)
     assert sum(r["output"] < least for r in top) == 5
-    touched = [r for r in stored["linears"] if r["model"] == "planted"]
+    touched = [r for r in stored["linears"] if r["model"] == "inserted"]
     touched = [
         r for r in touched if r["path"].split(".")[-1] not in ("o_proj", "down_proj")
     ]
@@ -546,15 +546,15 @@ def test_kurtosis_alone_does_not_say_what_nf4_breaks(stored, figures):
     [("outliers", "naive"), ("outliers", "threshold"), ("shrunken", "NF4")],
 )
 def test_one_point_of_each_run_live_gives_the_stored_bits(stored, name, method):
-    (run,) = results.where(stored["runs"], plant=name, method=method, seed=0)
-    model, tokenizer = sweep.planted(name, 0)
+    (run,) = results.where(stored["runs"], inserted=name, method=method, seed=0)
+    model, tokenizer = sweep.with_outliers(name, 0)
     fresh = sweep.bits(sweep.replaced(model, method), tokenizer, n=10)
     kept = "".join(run["dates"][i : i + 10] for i in range(0, 400, 40))
     assert results.share(fresh) == pytest.approx(results.share(kept), abs=0.1)
 
 
 def test_minilms_weights_are_weighed_the_same_live(stored):
-    minilm = zoo.load_minilm("cpu")
+    minilm = base_models.load_minilm("cpu")
     fresh = {r["path"]: r for r in sweep.weigh("MiniLM", *minilm)}
     for row in stored["linears"]:
         if row["model"] == "MiniLM":
@@ -576,7 +576,7 @@ def test_excess_kurtosis_is_known_for_three_distributions():
 
 
 def test_an_outlier_columns_codes_are_nearly_all_zero():
-    model = sweep.replaced(sweep.planted("outliers", 0)[0], "threshold")
+    model = sweep.replaced(sweep.with_outliers("outliers", 0)[0], "threshold")
     (channel,) = sweep.channels("outliers", 0)
     kinds = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     layers = [m for n, m in model.named_modules() if n.endswith(kinds)]

@@ -26,8 +26,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from peftlab import interop, lora, nf4, qlora, surgery
-from peftlab.kit import zoo
+from peftlab import peft_files, lora, nf4, qlora, surgery
+from peftlab.kit import base_models
 
 FULL = torch.float32  # to compute in, so that comparisons are exact
 KINDS = {"nf4": nf4.NF4, "fp4": nf4.FP4}
@@ -74,13 +74,13 @@ def test_the_tensors_of_a_layer_are_bitsandbytes(kind, dtype, blocksize):
     base = linear().to(dtype)
     want = theirs(base, kind, dtype=dtype, blocksize=blocksize).state_dict(prefix="0.")
     layer = pack(base, blocksize=blocksize, code=KINDS[kind])
-    assert_same_tensors(interop.packed_state_dict(nn.Sequential(layer)), want)
+    assert_same_tensors(bnb_files.packed_state_dict(nn.Sequential(layer)), want)
 
 
 def test_a_doubly_quantized_layer_is_bitsandbytes_but_for_its_table_of_bins():
     base = linear(1024, 512)
     want = theirs(base, nested=True).state_dict(prefix="0.")
-    got = interop.packed_state_dict(nn.Sequential(pack(base, nested=True)))
+    got = bnb_files.packed_state_dict(nn.Sequential(pack(base, nested=True)))
     codes = [d.pop("0.weight.absmax") for d in (got, want)]
     assert_same_tensors(got, want)
     assert codes[0].shape == codes[1].shape and codes[0].dtype == codes[1].dtype
@@ -94,13 +94,13 @@ def test_a_layer_that_bitsandbytes_packed_is_read_to_the_bit(kind, nested):
     base = linear()
     packed = theirs(base, kind, nested)
     tensors = packed.state_dict(prefix="0.")
-    model = interop.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)
+    model = bnb_files.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)
     layer, state = model[0], packed.weight.quant_state
     assert torch.equal(layer.codes, packed.weight.data)
     want = bitsandbytes.functional.dequantize_4bit(packed.weight.data, state)
     assert torch.equal(layer.weight, want)  # 64 wide: where their kernel is right
     assert torch.equal(layer.bias, base.bias)
-    assert_same_tensors(interop.packed_state_dict(model), tensors)
+    assert_same_tensors(bnb_files.packed_state_dict(model), tensors)
 
 
 def test_another_storage_type_is_the_same_bytes():
@@ -108,14 +108,14 @@ def test_another_storage_type_is_the_same_bytes():
     tensors = theirs(base).state_dict(prefix="0.")
     stored = tensors["0.weight"].view(-1).view(torch.bfloat16)
     tensors["0.weight"] = stored.view(-1, 1)  # what quant_storage=bfloat16 makes of it
-    layer = interop.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)[0]
+    layer = bnb_files.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)[0]
     assert torch.equal(layer.weight, pack(base).weight)
 
 
 def test_a_loaded_layer_has_its_own_memory():
     tensors = {k: t.clone() for k, t in packed_twin().items()}
     tensors["0.weight.nested_absmax"].requires_grad_()  # nor any tie to a graph
-    model = interop.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)
+    model = bnb_files.load_packed(nn.Sequential(linear(seed=1)), tensors, FULL)
     before = model[0].weight.clone()
     assert not before.requires_grad
     with torch.no_grad():
@@ -129,31 +129,31 @@ def test_a_whole_model_goes_round(name):
     build = {**MODELS, "t5": t5}[name]
     model = qlora.add(build(), compute_dtype=FULL, r=2)
     jiggle(lora.state_dict(model).values())
-    tensors = interop.packed_state_dict(model)
+    tensors = bnb_files.packed_state_dict(model)
     assert not [k for k in tensors if "lora" in k or ".base" in k]
     fresh = build()
     for p in fresh.parameters():
         p.data += 1
-    fresh = interop.load_packed(fresh, tensors, FULL)
+    fresh = bnb_files.load_packed(fresh, tensors, FULL)
     assert surgery.select(fresh, "all-linear")
     lora.add(fresh, "all-linear", r=2)
     lora.load_state_dict(fresh, lora.state_dict(model))
     two = dict(decoder_input_ids=BATCH["input_ids"]) if name == "t5" else {}
     a, b = (m(**BATCH, **two)[0] for m in (model, fresh))
     assert (a - b).abs().max() < 1e-5
-    assert_same_tensors(interop.packed_state_dict(fresh), tensors)
+    assert_same_tensors(bnb_files.packed_state_dict(fresh), tensors)
 
 
 def test_a_gpt2_is_its_linears_again_after_a_16_bit_merge():
-    tensors = interop.packed_state_dict(qlora.add(gpt2(), compute_dtype=FULL))
-    model = lora.add(interop.load_packed(gpt2(), tensors, FULL), "all-linear")
+    tensors = bnb_files.packed_state_dict(qlora.add(gpt2(), compute_dtype=FULL))
+    model = lora.add(bnb_files.load_packed(gpt2(), tensors, FULL), "all-linear")
     kinds = [type(m) for m in qlora.merge(model, 16).modules()]
     assert kinds == [type(m) for m in gpt2().modules()]
 
 
 def checkpoint(folder, tensors, nested):
     """A 4-bit checkpoint as transformers saves them: the config says what it is."""
-    config = json.loads((zoo.MODELS / "tiny-decoder" / "config.json").read_text())
+    config = json.loads((base_models.MODELS / "tiny-decoder" / "config.json").read_text())
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -167,9 +167,9 @@ def checkpoint(folder, tensors, nested):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_transformers_loads_the_file_that_we_write(tmp_path, nested):
-    model = zoo.load("tiny-decoder", device="cpu")[0]
+    model = base_models.load("tiny-decoder", device="cpu")[0]
     model = qlora.add(model, double_quant=nested, compute_dtype=FULL)
-    tensors = interop.packed_state_dict(model)
+    tensors = bnb_files.packed_state_dict(model)
     checkpoint(tmp_path, tensors, nested)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     layer = loaded.model.layers[0].mlp.up_proj
@@ -190,7 +190,7 @@ def test_transformers_loads_a_classifier_whose_head_is_named(tmp_path):
     config = BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
     model = qlora.add(BertForSequenceClassification(config), compute_dtype=FULL).eval()
     assert type(model.classifier) is nn.Linear
-    tensors = interop.packed_state_dict(model)
+    tensors = bnb_files.packed_state_dict(model)
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -219,16 +219,16 @@ def test_we_load_the_file_that_transformers_writes(tmp_path, nested):
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=FULL,
     )
-    folder = zoo.MODELS / "tiny-decoder"
+    folder = base_models.MODELS / "tiny-decoder"
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, device_map="cpu", dtype=FULL
     )
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    model = zoo.load("tiny-decoder", device="cpu")[0]
+    model = base_models.load("tiny-decoder", device="cpu")[0]
     for p in model.parameters():
         p.data += 1
-    model = interop.load_packed(model, tensors, FULL)
+    model = bnb_files.load_packed(model, tensors, FULL)
     packed = {p for p, m in model.named_modules() if isinstance(m, nf4.NF4Linear)}
     assert len(packed) == 28
     gap = (theirs.train()(**BATCH).logits - model(**BATCH).logits).abs().max()
@@ -240,11 +240,11 @@ def lora_layer():
 
 
 def packed_twin():
-    return interop.packed_state_dict(nn.Sequential(pack(linear(), nested=True)))
+    return bnb_files.packed_state_dict(nn.Sequential(pack(linear(), nested=True)))
 
 
 def single():
-    return interop.packed_state_dict(nn.Sequential(pack(linear(), nested=False)))
+    return bnb_files.packed_state_dict(nn.Sequential(pack(linear(), nested=False)))
 
 
 def changed(**entries):
@@ -344,7 +344,7 @@ def test_a_bad_file_is_refused_and_nothing_is_changed(what):
     model = nn.Sequential(linear(seed=1))
     before = snapshot(model)
     with pytest.raises(ValueError) as error:
-        interop.load_packed(model, BAD_FILES[what](), FULL)
+        bnb_files.load_packed(model, BAD_FILES[what](), FULL)
     assert_one_sentence(error)
     assert_unchanged(model, before)
     assert type(model[0]) is nn.Linear
@@ -358,21 +358,21 @@ def test_four_bits_go_into_linears_only(layer):
     model = nn.Sequential(layer)
     before = snapshot(model)
     with pytest.raises(ValueError, match="no linear '0'") as error:
-        interop.load_packed(model, packed_twin())
+        bnb_files.load_packed(model, packed_twin())
     assert_one_sentence(error)
     assert_unchanged(model, before)
 
 
 def test_a_wrong_dtype_to_compute_in_is_named():
     with pytest.raises(ValueError, match="compute_dtype") as error:
-        interop.load_packed(nn.Sequential(linear()), packed_twin(), "bf16")
+        bnb_files.load_packed(nn.Sequential(linear()), packed_twin(), "bf16")
     assert_one_sentence(error)
 
 
 def test_a_packed_model_takes_other_bytes():
     model = nn.Sequential(pack(linear(seed=1)))
-    model = interop.load_packed(model, packed_twin(), FULL)
-    assert_same_tensors(interop.packed_state_dict(model), packed_twin())
+    model = bnb_files.load_packed(model, packed_twin(), FULL)
+    assert_same_tensors(bnb_files.packed_state_dict(model), packed_twin())
 
 
 def test_modules_with_two_names_go_round():
@@ -385,10 +385,10 @@ def test_modules_with_two_names_go_round():
         return model
 
     model = qlora.add(build(), compute_dtype=FULL)
-    tensors = interop.packed_state_dict(model)
+    tensors = bnb_files.packed_state_dict(model)
     places = [t.data_ptr() for t in tensors.values() if t.data_ptr()]
     assert len(places) == len(set(places)), "a tensor is there twice"
-    fresh = interop.load_packed(build(), tensors, FULL)
+    fresh = bnb_files.load_packed(build(), tensors, FULL)
     two = dict(decoder_input_ids=BATCH["input_ids"])
     gap = (fresh(**BATCH, **two)[0] - model(**BATCH, **two)[0]).abs().max()
     assert gap < 1e-5  # a product may round by where its factors lie in memory
@@ -396,11 +396,11 @@ def test_modules_with_two_names_go_round():
 
 
 def test_a_file_of_another_model_is_refused():
-    tensors = interop.packed_state_dict(qlora.add(MODELS["llama"]()))
+    tensors = bnb_files.packed_state_dict(qlora.add(MODELS["llama"]()))
     for model in (MODELS["tiny-decoder"](), MODELS["bert"](), nn.Sequential()):
         before = snapshot(model)
         with pytest.raises(ValueError) as error:
-            interop.load_packed(model, tensors)
+            bnb_files.load_packed(model, tensors)
         assert_one_sentence(error)
         assert_unchanged(model, before)
 
@@ -408,7 +408,7 @@ def test_a_file_of_another_model_is_refused():
 def test_a_model_without_memory_is_refused():
     model = nn.Sequential(linear().to("meta"))
     with pytest.raises(ValueError, match="meta") as error:
-        interop.load_packed(model, packed_twin())
+        bnb_files.load_packed(model, packed_twin())
     assert_one_sentence(error)
 
 
@@ -417,14 +417,14 @@ def test_what_bitsandbytes_does_not_have_is_not_written():
     layers.append(pack(linear()).double())
     for model in (*map(nn.Sequential, layers), nn.Sequential(linear())):
         with pytest.raises(ValueError) as error:
-            interop.packed_state_dict(model)
+            bnb_files.packed_state_dict(model)
         assert_one_sentence(error)
 
 
 def test_writing_changes_nothing():
     model = qlora.add(MODELS["bert"]())
     before = snapshot(copy.deepcopy(model))
-    interop.packed_state_dict(model)
+    bnb_files.packed_state_dict(model)
     assert_unchanged(model, before)
 
 
@@ -432,20 +432,20 @@ def test_writing_changes_nothing():
 def test_an_adapter_goes_through_its_file_onto_a_packed_base(name, tmp_path):
     model = qlora.add(MODELS[name](), compute_dtype=FULL, r=2)
     jiggle(lora.state_dict(model).values())
-    interop.save(model, tmp_path)
+    peft_files.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (name == "gpt2"), "a packed Conv1D is one still"
-    fresh = interop.load_packed(MODELS[name](), interop.packed_state_dict(model), FULL)
-    fresh = interop.load(fresh, tmp_path)
+    fresh = bnb_files.load_packed(MODELS[name](), bnb_files.packed_state_dict(model), FULL)
+    fresh = peft_files.load(fresh, tmp_path)
     assert (fresh(**BATCH).logits - model(**BATCH).logits).abs().max() < 1e-5
 
 
 def test_a_misfit_adapter_is_refused_and_a_packed_base_is_left_as_it_was(tmp_path):
     model = nn.Sequential(linear(64, 64))
-    interop.save(lora.add(model, ["0"], r=2), tmp_path)
+    peft_files.save(lora.add(model, ["0"], r=2), tmp_path)
     packed = nn.Sequential(pack(linear(96, 64)))
     before = snapshot(packed)
     with pytest.raises(ValueError, match="another model") as error:
-        interop.load(packed, tmp_path)
+        peft_files.load(packed, tmp_path)
     assert_one_sentence(error)
     assert_unchanged(packed, before)

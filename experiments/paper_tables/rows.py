@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments import shapes as s
-from experiments.paper_notes import INTRODUCTIONS
+from experiments.paper_tables import shapes as s
+from experiments.paper_tables.notes import INTRODUCTIONS
 from peftlab import adapter, bitfit, dora, ia3, lora, prefix, prompt, vera
 
 

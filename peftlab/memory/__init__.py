@@ -1,6 +1,6 @@
 """What fine-tuning takes in memory, of any shape, on a machine that could not hold it.
 
-    python -m peftlab.kit.memory --config llama-2-7b --method qlora --seq 512 --batch 4
+    python -m peftlab.memory --config llama-2-7b --method qlora --seq 512 --batch 4
 
 No formula for any architecture: the model is built on torch's meta device, where a
 tensor has a shape and no bytes, the method is added, and a training step is run on it
@@ -574,7 +574,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser():
     parser = _Parser(
-        prog="python -m peftlab.kit.memory",
+        prog="python -m peftlab.memory",
         description="What fine-tuning takes, in GB of 10^9 bytes, and the smallest "
         "common GPU that holds it.",
         allow_abbrev=False,

@@ -12,7 +12,7 @@ import torch
 
 from experiments.common import BASES, records, store, sweep
 from peftlab import int8, lora, nf4, qlora, surgery
-from peftlab.kit import measure, plot, zoo
+from peftlab.kit import measure, plot, base_models
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
 from tools.figures import refresh_pages, save_picture
@@ -27,7 +27,7 @@ BF16_STATES = {"bf16.unmerged": None, "bf16.merged16": 16}
 
 def start(name, dtype=torch.float32):
     """tiny-decoder with LoRA over a plain base or a packed one: (model, tokenizer)."""
-    model, tokenizer = zoo.load("tiny-decoder", device="cpu")
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     if name == "LoRA":
         return lora.add(model.to(dtype), "all-linear", **R), tokenizer
     return qlora.add(model.to(dtype), **R, code=CODES[name]), tokenizer
@@ -113,7 +113,7 @@ def rounding():
     """{key: number}: bits a weight from real bytes, and RMS errors over the RMS of the
     weights, of tiny-decoder's linears and of normal numbers; how often these have the
     values at NF4's zero and ends, and where those ends lie."""
-    plain = surgery.select(zoo.load("tiny-decoder", device="cpu")[0], "all-linear")
+    plain = surgery.select(base_models.load("tiny-decoder", device="cpu")[0], "all-linear")
     own = [m.weight.detach() for m in plain]
     dice = torch.Generator().manual_seed(0)
     sets = dict(model=own, normal=[torch.randn(2**20, generator=dice)])
