@@ -63,8 +63,9 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
         raise ValueError(f"a block size is even, 2 to {CHUNK}, not {blocksize!r}")
     if not torch.is_tensor(code) or code.shape != (16,) or code.abs().max() != 1:
         raise ValueError("a code must be 16 values, the largest magnitude being 1")
-    n, piece = weight.numel(), CHUNK // blocksize * blocksize
-    parts = [_nearest(x, blocksize, code) for x in weight.reshape(-1).split(piece)]
+    n = weight.numel()
+    piece = n if weight.is_meta else CHUNK // blocksize * blocksize
+    parts = [_nearest(x, blocksize, code) for x in weight.reshape(-1).split(piece or 1)]
     near, absmax = map(torch.cat, zip(*parts, strict=True))
     whole = absmax.mean() if double_quant else absmax  # a mean may overflow
     if not n or not (whole.is_meta or whole.isfinite().all()):
@@ -83,6 +84,8 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
 def _nearest(x, size, code):  # (n,), blocks of size -> indices (n + padding,), absmax
     rows = nn.functional.pad(x, (0, -len(x) % size)).view(-1, size).float()
     absmax = rows.abs().amax(1)
+    if x.is_meta:  # no numbers to compare, only shapes
+        return rows.new_empty(rows.numel(), dtype=torch.uint8), absmax
     y = rows * (1 / absmax.clamp(TINY))[:, None]
     if len(x) % size:  # a partial block: as the library, TINY stays, and it divides
         y[-1] = rows[-1] / absmax[-1].clamp_(TINY)
