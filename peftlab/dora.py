@@ -27,7 +27,9 @@ from . import surgery
 
 
 class DoRALinear(nn.Module):
-    r"""Holds a frozen linear `base`, turns its weight by $sBA$ and scales it by $m$."""
+    """Holds a frozen linear `base`, turns its weight by `s B A`, scales it by `m`."""
+
+    peft_method = "DoRA"
 
     def __init__(self, base, r, alpha):
         super().__init__()
@@ -43,68 +45,109 @@ class DoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dora_m = nn.Parameter(self.norm())  # (out,)
 
-    @property
-    def weight(self):  # T5 asks a layer for its dtype
-        return self.base.weight
-
-    def turned(self):
-        r"""$W + sBA$, (out, in)."""
-        return surgery.weight(self.base) + self.scaling * (self.lora_B @ self.lora_A)
+    def turned(self):  # (out, in)
+        """`W + s B A`."""
+        W = surgery.weight(self.base)
+        return W + self.scaling * (self.lora_B @ self.lora_A)
 
     @torch.no_grad()  # section 4.3: a constant to the gradient
-    def norm(self):
-        r"""(out,): each row's length in $W + sBA$, a tiny one for a row of zeros."""
+    def norm(self):  # (out,)
+        """The length of each row of `W + s B A`; a tiny one for a row of zeros."""
         W = self.turned()
         return torch.linalg.vector_norm(W, dim=1).clamp_min(torch.finfo(W.dtype).tiny)
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = nn.functional.linear(x, surgery.weight(self.base))
         low = x.to(self.lora_A.dtype) @ self.lora_A.T  # (..., r)
-        turned = y + (self.scaling * low) @ self.lora_B.T
+        turned = y + (self.scaling * low) @ self.lora_B.T  # (..., out)
         z = turned * (self.dora_m / self.norm())
         if self.base.bias is not None:
             z = z + self.base.bias
         return z.to(y.dtype)
 
+    def folded(self):  # (out, in)
+        """The one weight `m (W + s B A) / |W + s B A|` that does the same."""
+        return self.turned() * (self.dora_m / self.norm())[:, None]
+
+    @property
+    def weight(self):  # for code that reads a layer's weight and never calls it
+        return surgery.read_weight(self)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
 
 def add(model, targets, r=8, alpha=16):
     """Freeze `model`, turn its target layers into DoRA in place, and return it.
 
-    - `targets`: names of linear layers, each a full path or a dotted suffix
-      ("q_proj"), or "all-linear": all but the output head.
-    - `r`: the rank.
-    - `alpha`: BA is scaled by alpha / r.
+    Args:
+        model: any module.
+        targets: names of linear layers, each a full path or a dotted suffix
+            ("q_proj"), or "all-linear": all but the output head.
+        r: the rank.
+        alpha: B A is scaled by alpha / r.
 
-    Raises ValueError, the model unchanged, for a value out of range, a target without
-    a match, a packed weight, and DoRA twice.
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for a value out of range, a target without a
+            match or with a packed weight, and a model that carries a method already.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_positive("alpha", alpha)
-    surgery.refuse_twice(model, DoRALinear)
+    surgery.refuse_carried(model)
 
     layers = surgery.select(model, targets)
-    surgery.refuse_packed(layers, "DoRA cannot take the norm of")
+    surgery.refuse_unwritable(layers, "DoRA cannot take the norm of")
     return surgery.wrap(model, {m: DoRALinear(m, r, alpha) for m in layers})
 
 
 @torch.no_grad()
 def merge(model):
-    """Make each base weight m (W + s B A) / |W + s B A|, put the plain layers back, and
-    return the model, frozen. Raises ValueError, nothing changed, without DoRA."""
-    for m in surgery.wrappers(model, DoRALinear).values():
-        W = m.turned() * (m.dora_m / m.norm())[:, None]
-        surgery.set_weight(m.base, W)
-    return surgery.unwrap(model, DoRALinear)
+    """Make each base weight m (W + s B A) / |W + s B A|, and put the plain layers back.
+
+    Args:
+        model: one that carries DoRA.
+
+    Returns:
+        The same model, plain and frozen.
+
+    Raises:
+        ValueError: nothing changed, without DoRA, and for a weight that would be NaN or
+            infinite in the base's dtype.
+    """
+    return surgery.merge(model, DoRALinear)
 
 
 def state_dict(model, keep_vars=False):
-    """All that DoRA trains, {name: tensor}: `path.lora_A` (r, in), `path.lora_B`
-    (out, r), `path.dora_m` (out,). keep_vars: the parameters. ValueError without."""
+    """Name all that DoRA trains.
+
+    Args:
+        model: one that carries DoRA.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.lora_A` (r, in), `path.lora_B` (out, r) and `path.dora_m`
+        (out,).
+
+    Raises:
+        ValueError: without DoRA.
+    """
     names = ("lora_A", "lora_B", "dora_m")
     return surgery.state_dict(model, DoRALinear, names, keep_vars)
 
 
 def load_state_dict(model, tensors):
-    """Copy tensors, as `state_dict` gives them, into the model's DoRA. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model's DoRA.
+
+    Args:
+        model: one that carries DoRA on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)

@@ -24,17 +24,16 @@ from . import surgery
 class IA3Linear(nn.Module):
     """Holds a frozen linear `base` and rescales what it returns, or what goes in."""
 
+    peft_method = "IA3"
+
     def __init__(self, base, feedforward):
         super().__init__()
         self.base = base
         self.feedforward = feedforward
+
         n_out, n_in = surgery.shape(base)
         shape = (1, n_in) if feedforward else (n_out, 1)
         self.ia3_l = nn.Parameter(torch.ones(shape, **surgery.like(base)))
-
-    @property
-    def weight(self):  # T5 asks a layer for its dtype
-        return self.base.weight
 
     def forward(self, x):  # (..., in) -> (..., out)
         scale = self.ia3_l.flatten()
@@ -43,18 +42,45 @@ class IA3Linear(nn.Module):
         y = self.base(x)
         return (scale * y).to(y.dtype)
 
+    def folded(self):  # (out, in)
+        """The one weight `l W` that does the same, with `folded_bias`."""
+        return self.ia3_l * surgery.weight(self.base)
+
+    def folded_bias(self):  # (out,)
+        """`l b` for a vector on the output side: that rescales the bias too."""
+        bias = self.base.bias
+        if bias is None or self.feedforward:
+            return bias
+        return (self.ia3_l.flatten() * bias).to(bias.dtype)
+
+    @property
+    def weight(self):  # for code that reads a layer's weight and never calls it
+        return surgery.read_weight(self)
+
+    @property
+    def bias(self):
+        return self.folded_bias()
+
 
 def add(model, targets, feedforward=()):
     """Freeze `model`, put a vector on its target layers in place, and return it.
 
-    - `targets`: names of linear layers, each a full path or a dotted suffix ("k_proj"),
-      or "all-linear": all but the output head.
-    - `feedforward`: names of those rescaled on their input side ("down_proj"); they may
-      stand in targets too, as in peft.
+    Args:
+        model: any module.
+        targets: names of linear layers, each a full path or a dotted suffix
+            ("q_proj"), or "all-linear": all but the output head.
+        feedforward: names of those rescaled on their input side ("down_proj"); they
+            may stand in `targets` too, as in peft.
 
-    Raises ValueError, the model unchanged, for a target without a match and IA3 twice.
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for a target without a match, and a model that
+            carries a method already.
     """
-    surgery.refuse_twice(model, IA3Linear)
+    surgery.refuse_carried(model)
+
     inputs = surgery.select(model, feedforward) if feedforward else []
     outputs = surgery.select(model, targets) if targets or not inputs else []
     layers = [*inputs, *outputs]
@@ -63,60 +89,101 @@ def add(model, targets, feedforward=()):
 
 @torch.no_grad()
 def merge(model):
-    """Make each weight l * W (an output's bias l * bias), put the plain layers back,
-    and return the model, frozen. Raises ValueError, nothing changed, without IA3 or on
-    a packed weight."""
-    layers = surgery.wrappers(model, IA3Linear).values()
-    surgery.refuse_packed([m.base for m in layers], "IA3 cannot be merged into")
-    for m in layers:
-        _rescale(m.base, m.ia3_l, m.feedforward)
-    return surgery.unwrap(model, IA3Linear)
+    """Make each weight l W, an output's bias l b, and put the plain layers back.
+
+    Args:
+        model: one that carries IA3.
+
+    Returns:
+        The same model, plain and frozen.
+
+    Raises:
+        ValueError: nothing changed, without IA3, on a packed weight, and for a product
+            that is NaN or infinite in the base's dtype.
+    """
+    layers = surgery.wrappers(model, IA3Linear)
+    biases = {m: m.folded_bias() for m in layers.values()}
+    for path, m in layers.items():
+        if biases[m] is not None:
+            surgery.check_fits(f"{path}.bias", biases[m], biases[m].dtype)
+
+    surgery.merge(model, IA3Linear)
+    for m, bias in biases.items():
+        if bias is not None and not m.feedforward:
+            m.base.bias = nn.Parameter(bias, requires_grad=False)
+    return model
 
 
 @torch.no_grad()
 def unmerge(model, tensors):
-    """Undo the `merge` of `tensors`, a `state_dict`, up to rounding; returns the model.
+    """Undo the `merge` of a state dict, up to rounding.
 
-    Raises ValueError, nothing changed, for no tensors, one that does not fit or has a
-    zero in it, and a model with IA3 on it.
+    Args:
+        model: the merged one.
+        tensors: {name: tensor}, what `state_dict` gave before merging.
+
+    Returns:
+        The same model, which carries IA3 again.
+
+    Raises:
+        ValueError: nothing changed, for no tensors, one that does not fit or has a zero
+            in it, a weight that is packed, and a model that carries a method already.
     """
-    surgery.refuse_twice(model, IA3Linear)
-    vectors = {name.removesuffix(".ia3_l"): v for name, v in tensors.items()}
-    surgery.select(model, list(vectors))  # raises for what is no linear
+    surgery.refuse_carried(model)
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError("unmerge needs {name: tensor}, what state_dict gave")
+    vectors = {str(name).removesuffix(".ia3_l"): v for name, v in tensors.items()}
+    layers = surgery.select(model, surgery.Exactly(vectors))
+    surgery.refuse_unwritable(layers, "IA3 cannot be divided out of")
 
+    paths = {m: path for path, m in model.named_modules()}
     new = {}
-    for path, base in model.named_modules():
-        vector = vectors.get(path)
-        if torch.is_tensor(vector):
-            n_out, _ = surgery.shape(base)
-            layer = IA3Linear(base, feedforward=vector.shape != (n_out, 1))
-            # A zero cannot be undone; nor can NaN, for which this is false too.
-            if vector.shape == layer.ia3_l.shape and (vector / vector == 1).all():
-                layer.ia3_l.copy_(vector)
-                new[base] = layer
-    if len(new) < max(1, len(tensors)):
-        raise ValueError("unmerge needs a vector without zeros for each merged layer")
+    for base in layers:
+        vector = vectors[paths[base]]
+        n_out, n_in = surgery.shape(base)
+        fits = torch.is_tensor(vector) and vector.shape in ((n_out, 1), (1, n_in))
+        # A zero cannot be undone; nor can NaN, for which this is false too.
+        if not fits or not (vector / vector == 1).all():
+            raise ValueError(f"{paths[base]}: unmerge needs its vector, without zeros")
+        new[base] = IA3Linear(base, feedforward=vector.shape != (n_out, 1))
+        new[base].ia3_l.copy_(1 / vector)
+        surgery.check_fits(paths[base], new[base].folded(), base.weight.dtype)
 
-    for base, layer in new.items():
-        _rescale(base, 1 / layer.ia3_l, layer.feedforward)
+    for base, m in new.items():
+        bias = m.folded_bias()
+        surgery.set_weight(base, m.folded())
+        if bias is not None and not m.feedforward:
+            base.bias = nn.Parameter(bias, requires_grad=False)
+        m.ia3_l.copy_(vectors[paths[base]])
     return surgery.wrap(model, new)
 
 
 def state_dict(model, keep_vars=False):
-    """All that IA3 trains, {name: tensor}: `path.ia3_l`, (out, 1) on the output side,
-    (1, in) on the input side. keep_vars: the parameters. ValueError without IA3."""
+    """Name all that IA3 trains.
+
+    Args:
+        model: one that carries IA3.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.ia3_l`, (out, 1) on the output side, (1, in) on the input
+        side.
+
+    Raises:
+        ValueError: without IA3.
+    """
     return surgery.state_dict(model, IA3Linear, ("ia3_l",), keep_vars)
 
 
 def load_state_dict(model, tensors):
-    """Copy tensors, as `state_dict` gives them, into the model's IA3. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model's IA3.
+
+    Args:
+        model: one that carries IA3 on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)
-
-
-def _rescale(base, scale, feedforward):
-    """scale * W, and an output's scale * bias."""
-    surgery.set_weight(base, scale * surgery.weight(base))
-    if base.bias is not None and not feedforward:
-        bias = (scale.flatten() * base.bias).to(base.bias.dtype)
-        base.bias = nn.Parameter(bias, requires_grad=False)

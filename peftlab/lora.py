@@ -12,8 +12,8 @@ $$ y = W x + s\,B A x, \qquad s = \alpha / r, \text{ with rsLoRA } \alpha / \sqr
 
 A and B are float32 over a 16-bit or packed base. Only `merge` changes a weight, never
 `train` or `eval`. The paper draws A from a Gaussian; we, as peft, by Kaiming's rule.
-Not here: embeddings, convolutions, `nn.MultiheadAttention` and the fast path of
-`nn.TransformerEncoderLayer`: both read a layer's weight and never call it.
+Not here: embeddings, convolutions, the input weights of `nn.MultiheadAttention`. Code
+that reads a layer's weight and never calls the layer sees $W + s\,BA$, without dropout.
 """
 
 import math
@@ -25,7 +25,9 @@ from . import surgery
 
 
 class LoRALinear(nn.Module):
-    r"""Holds a frozen linear `base` and adds $s\,BAx$ to what it returns (eq. 3)."""
+    """Holds a frozen linear `base` and adds `s B A x` to what it returns (eq. 3)."""
+
+    peft_method = "LoRA"
 
     def __init__(self, base, r, alpha, dropout, bias, rslora):
         super().__init__()
@@ -43,35 +45,52 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    @property
-    def weight(self):  # T5 asks a layer for its dtype
-        return self.base.weight
-
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)
         low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T  # (..., r)
-        bypass = (self.scaling * low) @ self.lora_B.T
+        bypass = (self.scaling * low) @ self.lora_B.T  # (..., out)
         return (y + bypass).to(y.dtype)
+
+    def folded(self):  # (out, in)
+        """The one weight `W + s B A` that does the same."""
+        W = surgery.weight(self.base)
+        return W + self.scaling * (self.lora_B @ self.lora_A)
+
+    @property
+    def weight(self):  # for code that reads a layer's weight and never calls it
+        return surgery.read_weight(self)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 def add(model, targets, r=8, alpha=16, dropout=0.0, bias="none", rslora=False):
     """Freeze `model`, put LoRA beside its target layers in place, and return it.
 
-    - `targets`: names of linear layers, each a full path or a dotted suffix
-      ("q_proj"), or "all-linear": all but the output head.
-    - `r`: the rank.
-    - `alpha`: the change is scaled by alpha / r, with `rslora` by alpha / sqrt(r).
-    - `dropout`: on the bypass's input.
-    - `bias`: which train too: "none", "all" or "lora_only" (those of the targets).
+    Args:
+        model: any module.
+        targets: names of linear layers, each a full path or a dotted suffix
+            ("q_proj"), or "all-linear": all but the output head.
+        r: the rank.
+        alpha: the change is scaled by alpha / r, with `rslora` by alpha / sqrt(r).
+        dropout: the share of the bypass's input that is dropped in training.
+        bias: which biases train too: "none", "all" or "lora_only" (the targets').
+        rslora: rank-stabilized scaling (arXiv 2312.03732).
 
-    Raises ValueError, the model unchanged, for a value out of range, a target without
-    a match, and LoRA twice.
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for a value out of range, a target without a
+            match, and a model that carries a method already.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_positive("alpha", alpha)
     surgery.check_fraction("dropout", dropout)
     surgery.check_one_of("bias", bias, ("none", "all", "lora_only"))
-    surgery.refuse_twice(model, LoRALinear)
+    surgery.check_flag("rslora", rslora)
+    surgery.refuse_carried(model)
 
     layers = surgery.select(model, targets)
     settings = (r, alpha, dropout, bias, rslora)
@@ -83,20 +102,35 @@ def add(model, targets, r=8, alpha=16, dropout=0.0, bias="none", rslora=False):
 
 @torch.no_grad()
 def merge(model):
-    """Make each base weight W + s B A, put the plain layers back, and return the model,
-    frozen. Raises ValueError, nothing changed, without LoRA or on a packed weight."""
-    layers = surgery.wrappers(model, LoRALinear).values()
-    surgery.refuse_packed([m.base for m in layers], "LoRA cannot be merged into")
-    for m in layers:
-        W = surgery.weight(m.base)
-        surgery.set_weight(m.base, W + m.scaling * (m.lora_B @ m.lora_A))
-    return surgery.unwrap(model, LoRALinear)
+    """Make each base weight W + s B A, and put the plain layers back.
+
+    Args:
+        model: one that carries LoRA.
+
+    Returns:
+        The same model, plain and frozen.
+
+    Raises:
+        ValueError: nothing changed, without LoRA, on a packed weight, and for a sum
+            that is NaN or infinite in the base's dtype.
+    """
+    return surgery.merge(model, LoRALinear)
 
 
 def state_dict(model, keep_vars=False):
-    """All that LoRA trains, {name: tensor}: `path.lora_A` (r, in), `path.lora_B`
-    (out, r) and the asked biases, named as in the plain model. keep_vars: the
-    parameters themselves. Raises ValueError without LoRA."""
+    """Name all that LoRA trains.
+
+    Args:
+        model: one that carries LoRA.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.lora_A` (r, in), `path.lora_B` (out, r), and the biases
+        that were asked for, named as in the plain model.
+
+    Raises:
+        ValueError: without LoRA.
+    """
     own = surgery.state_dict(model, LoRALinear, ("lora_A", "lora_B"), keep_vars)
     for name, p in _biases(model).items():
         own[name] = p if keep_vars else p.detach()
@@ -104,8 +138,16 @@ def state_dict(model, keep_vars=False):
 
 
 def load_state_dict(model, tensors):
-    """Copy tensors, as `state_dict` gives them, into the model's LoRA. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model's LoRA.
+
+    Args:
+        model: one that carries LoRA on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)
 
 
@@ -114,6 +156,6 @@ def _biases(model):
     layers = surgery.wrappers(model, LoRALinear)
     mode = next(iter(layers.values())).bias_mode
     every = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
-    held = {f"{path}.base.bias": f"{path}.bias" for path in layers}
-    asked = {"none": [], "lora_only": held, "all": every}[mode]
-    return {held.get(name, name): every[name] for name in asked if name in every}
+    wrapped = {f"{path}.base.bias": f"{path}.bias" for path in layers}
+    asked = {"none": [], "lora_only": wrapped, "all": every}[mode]
+    return {wrapped.get(name, name): every[name] for name in asked if name in every}

@@ -22,7 +22,9 @@ from . import surgery
 
 
 class PiSSALinear(nn.Module):
-    """Holds `base`, whose weight is the residual, and adds $BAx$ to what it returns."""
+    """Holds `base`, whose weight is the residual, and adds `B A x` to its output."""
+
+    peft_method = "PiSSA"
 
     def __init__(self, base, r):
         super().__init__()
@@ -36,34 +38,51 @@ class PiSSALinear(nn.Module):
         self.lora_B = nn.Parameter((U[:, :r] * root).contiguous())  # (out, r)
         self.start = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    @property
-    def weight(self):  # T5 asks a layer for its dtype
-        return self.base.weight
-
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)
         low = x.to(self.lora_A.dtype) @ self.lora_A.T  # (..., r)
         return (y + low @ self.lora_B.T).to(y.dtype)
 
+    def folded(self):  # (out, in)
+        """The one weight `W_res + B A` that does the same."""
+        return surgery.weight(self.base) + self.lora_B @ self.lora_A
+
+    @property
+    def weight(self):  # for code that reads a layer's weight and never calls it
+        return surgery.read_weight(self)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
 
 def add(model, targets, r=8):
     """Freeze `model`, split its target layers' weights in place, and return it.
 
-    - `targets`: names of linear layers, each a full path or a dotted suffix
-      ("q_proj"), or "all-linear": all but the output head.
-    - `r`: how many directions train.
+    Args:
+        model: any module.
+        targets: names of linear layers, each a full path or a dotted suffix
+            ("q_proj"), or "all-linear": all but the output head.
+        r: how many directions train.
 
-    Raises ValueError, the model unchanged, for an r out of range, a target without a
-    match or with a packed weight, and PiSSA twice.
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for an r out of range, a target without a match
+            or with a weight that is packed, NaN or infinite, and a model that carries a
+            method already.
     """
     surgery.check_whole("the rank r", r, 1)
-    surgery.refuse_twice(model, PiSSALinear)
+    surgery.refuse_carried(model)
 
     layers = surgery.select(model, targets)
-    surgery.refuse_packed(layers, "PiSSA cannot split")
+    surgery.refuse_unwritable(layers, "PiSSA cannot split")
     most = min(min(surgery.shape(m)) for m in layers)
     if r > most:
         raise ValueError(f"the rank r is {r}, but a target's weight has only {most}")
+    for m in layers:
+        surgery.check_fits("a target's weight", m.weight, m.weight.dtype)
 
     new = {m: PiSSALinear(m, r) for m in layers}
     with torch.no_grad():
@@ -74,34 +93,71 @@ def add(model, targets, r=8):
 
 @torch.no_grad()
 def merge(model):
-    """Make each base weight the residual + B A, put the plain layers back, and return
-    the model, frozen. Raises ValueError, nothing changed, without PiSSA."""
-    for m in surgery.wrappers(model, PiSSALinear).values():
-        surgery.set_weight(m.base, surgery.weight(m.base) + m.lora_B @ m.lora_A)
-    return surgery.unwrap(model, PiSSALinear)
+    """Make each base weight the residual + B A, and put the plain layers back.
+
+    Args:
+        model: one that carries PiSSA.
+
+    Returns:
+        The same model, plain and frozen.
+
+    Raises:
+        ValueError: nothing changed, without PiSSA, and for a sum that is NaN or
+            infinite in the base's dtype.
+    """
+    return surgery.merge(model, PiSSALinear)
 
 
 def to_lora(model):
-    """B A - B0 A0 as one product, {name: tensor} of a LoRA on the original base, for
-    `lora.add(original, targets, r=2*r, alpha=2*r)`: `path.lora_A` (2r, in) is [A; A0],
-    `path.lora_B` (out, 2r) is [B, -B0]. ValueError without PiSSA."""
-    own = {}
+    """Write B A - B0 A0 as one product: a LoRA on the original base.
+
+    It fits `lora.add(original, targets, r=2*r, alpha=2*r)`.
+
+    Args:
+        model: one that carries PiSSA.
+
+    Returns:
+        {name: tensor}: `path.lora_A` (2r, in), which is [A; A0], and `path.lora_B`
+        (out, 2r), which is [B, -B0].
+
+    Raises:
+        ValueError: without PiSSA.
+    """
+    tensors = {}
     for path, m in surgery.wrappers(model, PiSSALinear).items():
         A, B = m.lora_A.detach(), m.lora_B.detach()
         A0, B0 = (t.to(A) for t in m.start)
-        own[f"{path}.lora_A"] = torch.cat([A, A0])
-        own[f"{path}.lora_B"] = torch.cat([B, -B0], 1)
-    return own
+        tensors[f"{path}.lora_A"] = torch.cat([A, A0])
+        tensors[f"{path}.lora_B"] = torch.cat([B, -B0], 1)
+    return tensors
 
 
 def state_dict(model, keep_vars=False):
-    """All that PiSSA trains, {name: tensor}: `path.lora_A` (r, in), `path.lora_B`
-    (out, r). keep_vars: the parameters. ValueError without PiSSA."""
+    """Name all that PiSSA trains.
+
+    Args:
+        model: one that carries PiSSA.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.lora_A` (r, in), `path.lora_B` (out, r).
+
+    Raises:
+        ValueError: without PiSSA.
+    """
     names = ("lora_A", "lora_B")
     return surgery.state_dict(model, PiSSALinear, names, keep_vars)
 
 
 def load_state_dict(model, tensors):
-    """Copy tensors, as `state_dict` gives them, into the model's PiSSA. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model's PiSSA.
+
+    Args:
+        model: one that carries PiSSA on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)

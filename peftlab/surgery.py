@@ -1,19 +1,30 @@
 """Model surgery: what every method does to a model, and what no paper is about.
 
-Linear layers are chosen by name (`select`), wrapped (`wrap`) and put back (`unwrap`);
-what a method trains is named (`state_dict`) and loaded (`load`); and what cannot be is
-refused in one clear sentence before anything changes (`check_...`, `refuse_...`).
+Linear layers are chosen by name (`select`), wrapped (`wrap`), folded into plain ones
+(`merge`) or put back (`unwrap`). What a method trains is named (`state_dict`) and
+loaded (`load`). What cannot be is refused in one clear sentence before anything changes
+(`check_...`, `refuse_...`).
 
-A method that needs this file can be had as one file that does not: the book's pages
-offer it for download, and `python tools/standalone.py lora` writes it.
+A method that needs this file can be had as one file that does not: its page in the book
+offers it for download, and `python tools/standalone.py lora` writes it.
 """
 
-import math
+import warnings
 
 import torch
 from torch import nn
 
 HEADS = {"classifier", "score", "qa_outputs"}  # RoBERTa's classifier is two layers
+CONTAINERS = {  # what wraps a whole model, and where it keeps the plain one
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+}
+
+
+class Exactly(list):
+    """Names of layers that are full paths: none is taken for a suffix."""
 
 
 # Linear layers
@@ -50,32 +61,97 @@ def set_weight(layer, W):
 
 def like(layer):
     """dtype and device of what trains beside a layer: float32 over 16 bits or fewer."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    return dict(dtype=dtype, device=layer.weight.device)
+    W = layer.weight
+    return dict(dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
+
+
+def is_packed(W):
+    """Whether a weight is in 4 or 8 bits, whatever the dtype that stores them."""
+    return hasattr(W, "quant_state") or not W.is_floating_point() or W.itemsize < 2
+
+
+def is_plain(layer):
+    """Whether the layer computes W x + b and no more, so that a method may build on it.
+
+    nn.Linear and Conv1D do. A class with a forward of its own, such as Falcon's linear,
+    is tried on two rows. A packed layer computes with what it unpacks.
+    """
+    W = getattr(layer, "weight", None)
+    if not torch.is_tensor(W):
+        return False
+    if type(layer).forward is nn.Linear.forward or is_conv1d(layer) or is_packed(W):
+        return True
+    if W.is_meta:
+        return True  # there are no numbers to try
+
+    rows = torch.randn(2, W.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows = rows.to(W)
+    try:
+        with torch.no_grad():
+            want = nn.functional.linear(rows, W, layer.bias)
+            gap = (layer(rows) - want).abs().max()
+    except Exception:  # it wants other inputs, or returns more than a tensor
+        return False
+    return bool(gap <= 64 * torch.finfo(W.dtype).eps * want.abs().max())
 
 
 # Which layers
 
 
 def select(model, targets):
-    """The linear layers that `targets` names, a list.
+    """The linear layers that `targets` names.
 
-    targets: a list of names, each a full path or a dotted suffix ("q_proj"), or
-    "all-linear": all but the output head. Raises ValueError unless each name matches.
+    Args:
+        model: any module.
+        targets: a list of names, each a full path or a dotted suffix ("q_proj");
+            `Exactly` a list of full paths; or "all-linear": all but the output head.
+
+    Returns:
+        The layers, a list in the model's order.
+
+    Raises:
+        ValueError: for a name without a match, and for one whose layer computes
+            something else than W x + b; "all-linear" leaves such layers out and warns.
     """
     linears = {p: m for p, m in model.named_modules() if p and shape(m)}
 
     if targets == "all-linear":
         refuse_fused_experts(model)
-        return [m for p, m in linears.items() if not is_head(model, p, m)]
+        inner = {p: m for p, m in linears.items() if not is_head(model, p, m)}
+        return plain_alone(inner)
 
     if not isinstance(targets, list | tuple | set) or not targets:
-        raise ValueError(f'targets: a list of names or "all-linear", not {targets!r}')
-    lost = [t for t in targets if not any(ends_in(p, t) for p in linears)]
+        what = 'targets: a list of names or "all-linear"'
+        raise ValueError(f"{what}, not {targets!r:.60}")
+    matches = path_is if isinstance(targets, Exactly) else ends_in
+    lost = [t for t in targets if not any(matches(p, t) for p in linears)]
     if lost:
         names = ", ".join(sorted({p.rpartition(".")[2] for p in linears}))
-        raise ValueError(f"no linear layer is named {lost}; there are: {names}")
-    return [m for p, m in linears.items() if any(ends_in(p, t) for t in targets)]
+        raise ValueError(f"no linear layer is named {lost!r:.200}; there are: {names}")
+
+    chosen = {p: m for p, m in linears.items() if any(matches(p, t) for t in targets)}
+    for path, m in chosen.items():
+        if not is_plain(m):
+            raise ValueError(
+                f"{path}, a {type(m).__name__}, computes more than W x + b"
+            )
+    return list(chosen.values())
+
+
+def plain_alone(linears):
+    """The layers of {path: layer} that are plain; a warning names the others."""
+    others = [path for path, m in linears.items() if not is_plain(m)]
+    if others:
+        names = ", ".join(others)
+        warnings.warn(f"all-linear leaves out {names}: more than W x + b", stacklevel=4)
+    plain = [m for path, m in linears.items() if path not in others]
+    if not plain:
+        raise ValueError("all-linear finds no linear layer besides the output head")
+    return plain
+
+
+def path_is(path, name):
+    return path == name
 
 
 def ends_in(path, name):
@@ -116,24 +192,55 @@ def wrap(model, new):
     return model
 
 
+def wrappers(model, kind):
+    """{path: layer} of the method's layers; ValueError where there are none."""
+    refuse_containers(model)
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, kind)}
+    if not layers:
+        name = kind.peft_method
+        raise ValueError(f"the model carries no {name}: call {name.lower()}.add first")
+    return layers
+
+
 def unwrap(model, kind):
     """Put the plain layers back, and return the model, all of it frozen."""
     swap(model, {m: m.base for m in wrappers(model, kind).values()})
     return model.requires_grad_(False)
 
 
-def wrappers(model, kind):
-    """{path: layer} of the method's layers; ValueError where there are none."""
-    found = {p: m for p, m in model.named_modules() if isinstance(m, kind)}
-    if not found:
-        name = method(kind)
-        raise ValueError(f"the model carries no {name}: call {name.lower()}.add first")
-    return found
+def merge(model, kind):
+    """Give each base the weight `folded()` of its wrapper, (out, in), and put it back.
+
+    Returns:
+        The model, frozen.
+
+    Raises:
+        ValueError: nothing changed, without the method, for a weight that cannot be
+            written, and for a sum that is NaN or infinite in the base's dtype.
+    """
+    layers = wrappers(model, kind)
+    bases = [m.base for m in layers.values()]
+    refuse_unwritable(bases, f"{kind.peft_method} cannot be merged into")
+    for path, m in layers.items():  # all of them, before the first one changes
+        check_fits(path, m.folded(), m.base.weight.dtype)
+
+    for m in layers.values():
+        set_weight(m.base, m.folded())
+    return unwrap(model, kind)
 
 
-def method(kind):
-    """The method's name: LoRALinear is LoRA's."""
-    return kind.__name__.removesuffix("Linear")
+def read_weight(wrapper):
+    """What a wrapper shows as its `weight`: the folded one, in the base's layout.
+
+    It is for code that reads a layer's weight and never calls the layer, such as
+    nn.MultiheadAttention. A packed weight is shown as it is.
+    """
+    base = wrapper.base
+    if is_packed(base.weight):
+        return base.weight
+    W = wrapper.folded()
+    W = W.T if is_conv1d(base) else W
+    return W.to(base.weight.dtype)
 
 
 # Tensors
@@ -147,52 +254,101 @@ def state_dict(model, kind, names, keep_vars=False):
 
 
 def load(own, tensors):
-    """Copy tensors into `own`, a state dict. Raises ValueError, nothing copied, for a
-    missing or unexpected name, a wrong shape, and what is no tensor."""
+    """Copy tensors into `own`, a state dict of the model.
 
-    def size(t):
-        return tuple(t.shape) if torch.is_tensor(t) else None
-
-    for name in sorted(own.keys() | tensors.keys()):
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
+    if not isinstance(tensors, dict):
+        raise ValueError(f"give {{name: tensor}}, not a {type(tensors).__name__}")
+    for name in sorted(own.keys() | tensors.keys(), key=str):
         got, want = size(tensors.get(name)), size(own.get(name))
         if got is None or got != want:
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name}: {tensors[name].dtype} where floats belong")
+        check_fits(name, tensors[name], own[name].dtype)
+
     for name, t in own.items():
         t.copy_(tensors[name])
+
+
+def size(t):
+    return tuple(t.shape) if torch.is_tensor(t) else None
 
 
 # What cannot be
 
 
-def check_whole(what, value, least, below=math.inf):
+def check_fits(name, t, dtype):
+    """ValueError for a tensor that is NaN or infinite once it has that dtype."""
+    t = t.to(dtype)
+    if not t.is_meta and not t.isfinite().all():
+        raise ValueError(f"{name} would be NaN or infinite in {dtype}")
+
+
+def check_whole(what, value, least, below=2**31):
     if type(value) is not int or not least <= value < below:
         raise ValueError(
-            f"{what} must be a whole number of at least {least}, not {value!r}"
+            f"{what} must be a whole number of at least {least}, not {value!r:.60}"
         )
 
 
 def check_positive(what, value):
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{what} must be a positive number, not {value!r}")
+    if type(value) not in (int, float) or not 0 < value < 1e300:
+        raise ValueError(f"{what} must be a positive number, not {value!r:.60}")
 
 
 def check_fraction(what, value):
-    if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"{what} must be at least 0 and below 1, not {value!r}")
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"{what} must be at least 0 and below 1, not {value!r:.60}")
 
 
 def check_one_of(what, value, choices):
     if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+        names = ", ".join(choices)
+        raise ValueError(f"{what} must be one of {names}, not {value!r:.60}")
 
 
-def refuse_twice(model, kind):
-    if any(isinstance(m, kind) for m in model.modules()):
-        raise ValueError(f"the model carries {method(kind)} already: merge it first")
+def check_flag(what, value):
+    if type(value) is not bool:
+        raise ValueError(f"{what} must be True or False, not {value!r:.60}")
 
 
-def refuse_packed(layers, what):
-    """ValueError, which begins with `what`, for a layer whose weight is packed."""
-    for w in (layer.weight for layer in layers):
-        if hasattr(w, "quant_state") or not w.is_floating_point():
+def refuse_containers(model):
+    """ValueError for what is no module, and for a model inside torch.compile's or a
+    parallel wrapper: that has other names, or copies that would drift apart."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be an nn.Module, not {model!r:.60}")
+    for path, m in model.named_modules():
+        for kind in type(m).__mro__:
+            if kind.__name__ in CONTAINERS:
+                plain = f"{path}.{CONTAINERS[kind.__name__]}".lstrip(".")
+                raise ValueError(
+                    f"{path or 'the model'} is wrapped by {kind.__name__}: give the"
+                    f" plain model, its `{plain}`"
+                )
+
+
+def refuse_carried(model):
+    """ValueError for a model in a container, and one that carries a method already."""
+    refuse_containers(model)
+    names = {m.peft_method for m in model.modules() if hasattr(type(m), "peft_method")}
+    if hasattr(model, "bitfit"):
+        names.add("BitFit")
+    if hasattr(model, "lora_adapters"):
+        names.add("LoRAs under names")
+    if names:
+        what = " and ".join(sorted(names))
+        raise ValueError(f"the model carries {what} already: merge or remove it first")
+
+
+def refuse_unwritable(layers, what):
+    """ValueError, which begins with `what`, for a weight that cannot be written: one in
+    4 or 8 bits, and one that pruning or a norm computes anew at each call."""
+    for layer in layers:
+        if is_packed(layer.weight):
             raise ValueError(f"{what} a packed (4- or 8-bit) weight")
+        if "weight" not in layer._parameters:
+            raise ValueError(f"{what} a weight that is computed (pruned, normed)")

@@ -13,7 +13,8 @@ $$ y = W x + \Lambda_b B \Lambda_d A x $$
 | $b$, diagonal of $\Lambda_b$ | (out,) | `vera_b` | zero, so step 0 changes nothing |
 
 A narrower layer takes A's first columns and B's first rows. The seed gives both again,
-to the bit, here and in peft. Not here: dropout, other draws of A and B.
+to the bit, here and in peft. They stand once in the model, below its first such layer.
+Not here: dropout, other draws of A and B.
 """
 
 import math
@@ -24,26 +25,39 @@ from torch import nn
 from . import surgery
 
 
-class VeRALinear(nn.Module):
-    r"""Holds a frozen linear `base` and adds $\Lambda_b B \Lambda_d A x$ (eq. 2)."""
+class Shared(nn.Module):
+    """The two frozen matrices of all layers: A (r, widest in) and B (widest out, r)."""
 
-    def __init__(self, base, A, B, seed):
+    def __init__(self, A, B):
+        super().__init__()
+        self.vera_A = nn.Parameter(A, requires_grad=False)
+        self.vera_B = nn.Parameter(B, requires_grad=False)
+
+
+class VeRALinear(nn.Module):
+    """Holds a frozen linear `base` and adds `diag(b) B diag(d) A x` (eq. 2)."""
+
+    peft_method = "VeRA"
+
+    def __init__(self, base, shared, seed, owner=False):
         super().__init__()
         self.base = base
         self.seed = seed
         self.shape = surgery.shape(base)
-        self.vera_A, self.vera_B = A, B  # not buffers: .to(device) copies those apart
+
+        # In a list torch does not see them: a checkpoint has them once, by the owner.
+        self.frozen = [shared]
+        if owner:
+            self.shared = shared
+        A, B = self.slices()
         self.vera_d = nn.Parameter(torch.full_like(A[:, 0], 0.1))  # (r,)
-        self.vera_b = nn.Parameter(torch.zeros_like(B[: self.shape[0], 0]))  # (out,)
+        self.vera_b = nn.Parameter(torch.zeros_like(B[:, 0]))  # (out,)
 
-    @property
-    def weight(self):  # T5 asks a layer for its dtype
-        return self.base.weight
-
-    def slices(self):
-        """This layer's part of the shared matrices: A (r, in) and B (out, r)."""
+    def slices(self):  # (r, in), (out, r)
+        """This layer's part of the shared matrices A and B."""
         n_out, n_in = self.shape
-        return self.vera_A[:, :n_in], self.vera_B[:n_out]
+        (shared,) = self.frozen
+        return shared.vera_A[:, :n_in], shared.vera_B[:n_out]
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)
@@ -51,32 +65,62 @@ class VeRALinear(nn.Module):
         low = x.to(A.dtype) @ A.T * self.vera_d  # (..., r)
         return (y + low @ B.T * self.vera_b).to(y.dtype)
 
+    def folded(self):  # (out, in)
+        """The one weight `W + diag(b) B diag(d) A` that does the same."""
+        A, B = self.slices()
+        W = surgery.weight(self.base)
+        return W + (self.vera_b[:, None] * B * self.vera_d) @ A
+
+    @property
+    def weight(self):  # for code that reads a layer's weight and never calls it
+        return surgery.read_weight(self)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
 
 def add(model, targets, r=256, seed=0):
     """Freeze `model`, put VeRA beside its target layers in place, and return it.
 
-    - `targets`: names of linear layers, each a full path or a dotted suffix
-      ("q_proj"), or "all-linear": all but the output head.
-    - `r`: the rank of the shared matrices.
-    - `seed`: where they come from.
+    Args:
+        model: any module.
+        targets: names of linear layers, each a full path or a dotted suffix
+            ("q_proj"), or "all-linear": all but the output head.
+        r: the rank of the shared matrices.
+        seed: where they come from.
 
-    Raises ValueError, the model unchanged, for a value out of range, a target without
-    a match, and VeRA twice.
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for a value out of range, a target without a
+            match, and a model that carries a method already.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_whole("seed", seed, 0, below=2**63)
-    surgery.refuse_twice(model, VeRALinear)
+    surgery.refuse_carried(model)
 
     layers = surgery.select(model, targets)
-    widest_out, widest_in = map(max, zip(*map(surgery.shape, layers), strict=True))
+    widest_out = max(surgery.shape(m)[0] for m in layers)
+    widest_in = max(surgery.shape(m)[1] for m in layers)
     like = surgery.like(layers[0])
-    A, B = (t.to(**like) for t in shared(widest_in, widest_out, r, seed))
-    A, B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
-    return surgery.wrap(model, {m: VeRALinear(m, A, B, seed) for m in layers})
+    both = Shared(*(t.to(**like) for t in shared(widest_in, widest_out, r, seed)))
+    new = {m: VeRALinear(m, both, seed, owner=m is layers[0]) for m in layers}
+    return surgery.wrap(model, new)
 
 
 def shared(n_in, n_out, r, seed):
-    """A (r, n_in) and B (n_out, r) of a seed, float32, Kaiming's uniform, A first."""
+    """Draw the shared matrices of a seed, as peft does: Kaiming's uniform, A first.
+
+    Args:
+        n_in, n_out: the widest input and output among the layers.
+        r: the rank.
+        seed: of the draw.
+
+    Returns:
+        A (r, n_in) and B (n_out, r), float32, on the CPU.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -84,30 +128,54 @@ def shared(n_in, n_out, r, seed):
         t = torch.empty(shape, dtype=torch.float32, device="cpu")  # not the default
         return t.uniform_(-bound, bound, generator=generator)
 
-    return draw(r, n_in), draw(n_out, r)
+    A = draw(r, n_in)
+    B = draw(n_out, r)
+    return A, B
 
 
 @torch.no_grad()
 def merge(model):
-    """Make each base weight W + diag(b) B diag(d) A, put the plain layers back, and
-    return the model, frozen. Raises ValueError, nothing changed, without VeRA or on a
-    packed weight."""
-    layers = surgery.wrappers(model, VeRALinear).values()
-    surgery.refuse_packed([m.base for m in layers], "VeRA cannot be merged into")
-    for m in layers:
-        A, B = m.slices()
-        W = surgery.weight(m.base)
-        surgery.set_weight(m.base, W + (m.vera_b[:, None] * B * m.vera_d) @ A)
-    return surgery.unwrap(model, VeRALinear)
+    """Make each base weight W + diag(b) B diag(d) A, and put the plain layers back.
+
+    Args:
+        model: one that carries VeRA.
+
+    Returns:
+        The same model, plain and frozen.
+
+    Raises:
+        ValueError: nothing changed, without VeRA, on a packed weight, and for a sum
+            that is NaN or infinite in the base's dtype.
+    """
+    return surgery.merge(model, VeRALinear)
 
 
 def state_dict(model, keep_vars=False):
-    """All that VeRA trains, {name: tensor}: `path.vera_d` (r,), `path.vera_b` (out,);
-    A and B come from the seed. keep_vars: the parameters. ValueError without VeRA."""
+    """Name all that VeRA trains.
+
+    Args:
+        model: one that carries VeRA.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.vera_d` (r,), `path.vera_b` (out,). A and B come from the
+        seed.
+
+    Raises:
+        ValueError: without VeRA.
+    """
     return surgery.state_dict(model, VeRALinear, ("vera_d", "vera_b"), keep_vars)
 
 
 def load_state_dict(model, tensors):
-    """Copy tensors, as `state_dict` gives them, into the model's VeRA. Raises
-    ValueError, nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model's VeRA.
+
+    Args:
+        model: one that carries VeRA on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)
