@@ -1,8 +1,9 @@
 """The page of a reference file: ``{reference} lora`` in a page of book/reference.
 
 It shows the docstring of peftlab/lora.py as the Markdown that it is, every public
-function with its signature, the file itself, a download and the chapter that builds
-it. The file is parsed, never imported, so that the book needs no torch to build.
+function with its signature and its docstring (Google style, or Markdown), the file
+itself, a download and the chapter that builds it. The file is parsed, never imported,
+so that the book needs no torch to build.
 
 The other way round, a chapter links to the file as GitHub and Colab want it,
 ``[lora.py](../peftlab/lora.py)``; in the book that link leads to the file's page.
@@ -12,12 +13,15 @@ import ast
 import posixpath
 import re
 import sys
+import zipfile
 from pathlib import Path, PurePosixPath
 
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx import addnodes
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
@@ -25,14 +29,93 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools import standalone  # noqa: E402
 
 PACKAGE = "peftlab"
-ONE_FILE = "_build/standalone"  # where the downloads are written
+DOWNLOADS = "_build/standalone"  # where they are written
 PAGES = "book/reference"
+GOOGLE = re.compile(r"^(Args|Returns|Raises|Yields|Attributes):$", re.MULTILINE)
+CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
-def public(tree):
+# Docstrings
+
+
+class Docstring(GoogleDocstring):
+    """Google style to reStructuredText: a list of definitions for each section.
+
+    napoleon's own lists run a name and its text together, and take `{name: tensor}`
+    in Returns for a type.
+    """
+
+    def _parse_parameters_section(self, section):
+        return self._definitions(section)
+
+    def _parse_raises_section(self, section):
+        return self._definitions(section)
+
+    def _parse_attributes_section(self, section):
+        return self._definitions(section)
+
+    def _parse_returns_section(self, section):
+        lines = self._dedent(self._consume_to_next_section())
+        return self._field(section, lines)
+
+    def _parse_yields_section(self, section):
+        return self._parse_returns_section(section)
+
+    def _definitions(self, section):
+        lines = []
+        for names, _, text in self._consume_fields(parse_type=False):
+            names = names.replace("\\", "").split(", ")
+            lines += [", ".join(f"``{name}``" for name in names)]
+            lines += self._indent(text or [".."], 3)
+        return self._field(section, lines)
+
+    def _field(self, section, lines):
+        return [f":{section}:", *self._indent(lines, 3), ""]
+
+
+def restructured(docstring):
+    """A Google-style docstring as reStructuredText, in a container of its own.
+
+    Outside the container Sphinx would take the fields for its own and rename them.
+    """
+    text = CODE.sub(r"``\1``", docstring)
+    pieces = re.split(r"(``.+?``)", text, flags=re.DOTALL)
+    pieces[::2] = map(escaped, pieces[::2])
+    lines = Docstring("".join(pieces), Config()).lines()
+    return [".. container:: docstring", "", *(f"   {line}".rstrip() for line in lines)]
+
+
+def escaped(prose):
+    """Prose in which nothing is markup; a star may still begin an item of a list."""
+    prose = re.sub(r"(?<!^)(?<!\n)([*|\\])(?=\S)", r"\\\1", prose)
+    return re.sub(r"(?<=\w)_(?!\w)", r"\\_", prose)
+
+
+def rendered(docstring):
+    """The lines of Markdown for a docstring of either style."""
+    docstring = docstring or ""
+    if GOOGLE.search(docstring):
+        return ["```{eval-rst}", *restructured(docstring), "```"]
+    return markdown(docstring)
+
+
+def markdown(docstring):
+    """Headings become bold lines: a section cannot begin inside a directive."""
+    lines, fenced = [], False
+    for line in docstring.splitlines():
+        fenced ^= line.lstrip().startswith(("```", "~~~"))
+        heading = None if fenced else re.match(r"#{1,6} +(.+)", line)
+        lines.append(f"**{heading[1]}**" if heading else line)
+    return lines
+
+
+# Functions and classes
+
+
+def public(body):
     """The functions and classes that a user may call, in the file's order."""
     kinds = (ast.FunctionDef, ast.ClassDef)
-    return [n for n in tree.body if isinstance(n, kinds) and n.name[0] != "_"]
+    return [n for n in body if isinstance(n, kinds) and n.name[0] != "_"]
 
 
 def signature(node):
@@ -52,41 +135,62 @@ def signature(node):
     return f"({ast.unparse(arguments)})"
 
 
-def markdown(docstring):
-    """Headings become bold lines: a section cannot begin inside a directive."""
-    lines, fenced = [], False
-    for line in (docstring or "").splitlines():
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
-        heading = None if fenced else re.match(r"#{1,6} +(.+)", line)
-        lines.append(f"**{heading[1]}**" if heading else line)
+def described(module, node):
+    """The Markdown of a function, or of a class with its documented methods."""
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    name = f"{module}.{node.name}"
+    lines = [f"``````{{py:{kind}}} {name}{signature(node)}", ""]
+    lines += [*rendered(ast.get_docstring(node)), "``````", ""]
+
+    methods = public(node.body) if kind == "class" else []
+    for method in methods:
+        if ast.get_docstring(method) and not method.decorator_list:
+            head = f"``````{{py:method}} {name}.{method.name}{signature(method)}"
+            lines += [head, "", *rendered(ast.get_docstring(method)), "``````", ""]
     return lines
 
 
-def one_file(srcdir, module, source):
-    """Write the method as one file; its path in the book's sources, and its length."""
-    shared = Path(srcdir, PACKAGE, "surgery.py").read_text("utf8")
-    alone = module not in ("multi_lora", "qlora", "peft_files")  # these take other methods
-    text = standalone.standalone(source, shared) if alone else source
-    path = Path(srcdir, ONE_FILE, f"{module}.py")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf8")
-    return f"/{ONE_FILE}/{module}.py", len(text.splitlines())
+# The page
 
 
-def page(module, source, chapter, download, whole):
+def download(srcdir, module, source):
+    """Write what the page offers, and return the line that offers it."""
+    folder = Path(srcdir, DOWNLOADS)
+    folder.mkdir(parents=True, exist_ok=True)
+    if module not in standalone.NAMES:
+        (folder / f"{module}.py").write_text(source, "utf8")
+        return offer("Download the file", f"{module}.py", source)
+
+    files = standalone.parts(module)
+    if len(files) == 1:
+        (text,) = files.values()
+        (folder / f"{module}.py").write_text(text, "utf8")
+        return offer("Download as one file", f"{module}.py", text)
+
+    with zipfile.ZipFile(folder / f"{module}.zip", "w") as archive:
+        for name, text in files.items():  # ZipInfo: no time of day, the same each time
+            archive.writestr(zipfile.ZipInfo(f"{module}/{name}"), text)
+    names = ", ".join(name for name in files if name[0] != "_")
+    text = "".join(files.values())
+    return offer(f"Download as one folder: {names}", f"{module}.zip", text)
+
+
+def offer(words, file, text):
+    count = len(text.splitlines())
+    return f"{{download}}`{words} </{DOWNLOADS}/{file}>` ({count} lines)"
+
+
+def page(module, source, chapter, offered):
     """The Markdown of the whole page below its title."""
     tree = ast.parse(source)
-    links = [f"{{download}}`Download as one file <{download}>` ({whole} lines)"]
+    links = [offered]
     if chapter:
         links.append(f"built step by step in {{doc}}`/notebooks/{chapter}`")
-    lines = [" · ".join(links), "", *markdown(ast.get_docstring(tree)), ""]
-    for node in public(tree):
-        kind = "class" if isinstance(node, ast.ClassDef) else "function"
-        lines += [f"``````{{py:{kind}}} {module}.{node.name}{signature(node)}", ""]
-        lines += [*markdown(ast.get_docstring(node)), "``````", ""]
+    lines = [" · ".join(links), "", *markdown(ast.get_docstring(tree) or ""), ""]
+    for node in public(tree.body):
+        lines += described(module, node)
     count = len(source.splitlines())
-    lines += [f"**The file itself**, {count} lines:", ""]
-    return lines
+    return [*lines, f"**The file itself**, {count} lines:", ""]
 
 
 class Reference(SphinxDirective):
@@ -100,8 +204,8 @@ class Reference(SphinxDirective):
         if not path.is_file():
             raise self.error(f"there is no {PACKAGE}/{module}.py")
         source = path.read_text("utf8")
-        download, count = one_file(self.env.srcdir, module, source)
-        lines = page(module, source, self.options.get("chapter"), download, count)
+        offered = download(self.env.srcdir, module, source)
+        lines = page(module, source, self.options.get("chapter"), offered)
         box = nodes.container(classes=["reference-file"])
         self.state.nested_parse(StringList(lines, str(path)), self.content_offset, box)
         code = nodes.literal_block(source, source, language="python", linenos=True)
