@@ -1,5 +1,5 @@
-"""The plant: the function is kept, or the norm is refused; and what the page says of
-the models that were measured with it."""
+"""Outliers inserted on purpose: the function is the same, or the norm is refused; and
+what the page says of the models that were measured with them."""
 
 import importlib.util
 
@@ -26,11 +26,11 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from experiments.sweeps import outliers as sweep
 from peftlab import lora
 from peftlab.int8 import Int8Linear
-from peftlab.kit import outliers, results, base_models
+from peftlab.kit import base_models, outliers, results
 from peftlab.nf4 import NF4Linear
 from tools.figures import unbound
 
-KEPT = {"llama": llama, "gpt2": gpt2, "t5": t5, "net": net}
+MAKERS = {"llama": llama, "gpt2": gpt2, "t5": t5, "net": net}
 CHANNELS = [1, 5]
 
 
@@ -66,8 +66,8 @@ def norm_outputs(model):
 # Laws: functions of the module alone
 
 
-def test_the_function_is_kept_in_float64(reference):
-    for name, make in KEPT.items():
+def test_the_function_is_the_same_in_float64(reference):
+    for name, make in MAKERS.items():
         for s in (200, 1 / 60):
             model = make().double()
             before = answer(model)
@@ -77,7 +77,7 @@ def test_the_function_is_kept_in_float64(reference):
 
 
 def test_a_power_of_two_changes_no_bit(reference):
-    for name, make in KEPT.items():
+    for name, make in MAKERS.items():
         for s in (256, 1 / 64):
             model = make().float()
             before = answer(model)
@@ -85,8 +85,8 @@ def test_a_power_of_two_changes_no_bit(reference):
             assert torch.equal(answer(model), before), f"{name}, s={s}: not to the bit"
 
 
-def test_every_norm_is_planted_and_grows_at_the_channels_alone(reference):
-    for name, make in KEPT.items():
+def test_every_norm_grows_at_the_channels_alone(reference):
+    for name, make in MAKERS.items():
         model = make().double()
         before = norm_outputs(model)
         assert len(before) == dict(llama=4, gpt2=4, t5=10, net=1)[name]
@@ -105,8 +105,8 @@ def test_nothing_else_is_touched(reference):
     kinds = "input_layernorm.weight q_proj.weight k_proj.weight v_proj.weight".split()
     for name, t in model.state_dict().items():
         moved = {int(i) for i in (t != before[name]).nonzero()[:, -1]}
-        planted = any(name.endswith(kind) for kind in kinds)
-        assert moved == (set(CHANNELS) if planted else set()), f"{name}: {moved}"
+        scaled = any(name.endswith(kind) for kind in kinds)
+        assert moved == (set(CHANNELS) if scaled else set()), f"{name}: {moved}"
 
 
 def test_the_inverse_takes_it_out(reference):
@@ -266,7 +266,7 @@ def test_a_weight_that_is_read_outside_its_layer_is_refused(reference):
 FORMULA = 'fresh[f"{reader}.weight"] = m.weight, m.weight / fits'
 MUTATIONS = {
     "the columns are multiplied": (
-        test_the_function_is_kept_in_float64,
+        test_the_function_is_the_same_in_float64,
         {"m.weight / fits": "m.weight * fits"},
     ),
     "the columns stay as they are": (
@@ -274,22 +274,22 @@ MUTATIONS = {
         {FORMULA: "pass"},
     ),
     "one reader is forgotten": (
-        test_the_function_is_kept_in_float64,
+        test_the_function_is_the_same_in_float64,
         {"for reader in found[norm]:": "for reader in found[norm][1:] or found[norm]:"},
     ),
     "LayerNorm's bias is left out": (
-        test_the_function_is_kept_in_float64,
+        test_the_function_is_the_same_in_float64,
         {"p, p * scale": "p, p * scale if name == 'weight' else p"},
     ),
     "a Conv1D is divided along its outputs": (
-        test_the_function_is_kept_in_float64,
+        test_the_function_is_the_same_in_float64,
         {"scale[:, None] if": "scale if"},
     ),
-    "only the first norm is planted": (
-        test_every_norm_is_planted_and_grows_at_the_channels_alone,
+    "only the first norm is scaled": (
+        test_every_norm_grows_at_the_channels_alone,
         {"return list(found)": "return list(found)[:1]"},
     ),
-    "every channel is planted": (
+    "every channel is scaled": (
         test_nothing_else_is_touched,
         {"scale[channels] = s": "scale[:] = s"},
     ),
@@ -350,7 +350,7 @@ def test_a_law_finds(what, tmp_path):
     law, changes = MUTATIONS[what]
     source = open(outliers.__file__, encoding="utf8").read()
     for old, new in changes.items():
-        assert old in source, f"plant.py no longer has {old!r}: write it anew"
+        assert old in source, f"outliers.py no longer has {old!r}: write it anew"
         source = source.replace(old, new)
     (tmp_path / "broken.py").write_text(source, "utf8")
     spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
@@ -419,7 +419,7 @@ def test_in_float32_the_answer_of_tiny_decoder_stays_and_its_activations_do_not(
     for kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
         assert grown[kind] > 20 * 6, f"{kind}: no activation is far above 6"
     for kind in ("o_proj", "down_proj"):
-        assert grown[kind] == pytest.approx(largest[kind], rel=1e-3), "not planted"
+        assert grown[kind] == pytest.approx(largest[kind], rel=1e-3), "scaled too"
 
 
 # What is stored, and what the page says of it
@@ -454,14 +454,14 @@ def test_no_figure_on_the_page_is_left_unbound():
 
 def test_every_row_has_its_seeds_and_records(stored):
     for name in ("outliers", "shrunken", "sixteen outliers"):
-        planted = set()
+        drawn = set()
         for method in {r["method"] for r in stored["runs"] if r["inserted"] == name}:
             runs = results.where(stored["runs"], inserted=name, method=method)
             assert [r["seed"] for r in runs] == [0, 1, 2, 3, 4]
             assert all(len(r["dates"]) == 400 for r in runs)
-            planted |= {tuple(r["channels"]) for r in runs}
-        assert len(planted) == 5, "each seed has its own channels, whatever the method"
-        assert len(set(sum(planted, ()))) == 5 * sweep.CASES[name][1]
+            drawn |= {tuple(r["channels"]) for r in runs}
+        assert len(drawn) == 5, "each seed has its own channels, whatever the method"
+        assert len(set(sum(drawn, ()))) == 5 * sweep.CASES[name][1]
 
 
 def test_the_rate_comes_from_dev_records_and_is_inside_the_sweep(stored):
@@ -474,19 +474,19 @@ def test_the_rate_comes_from_dev_records_and_is_inside_the_sweep(stored):
     assert sum(tried[best]) == max(map(sum, tried.values()))
 
 
-def test_unplanted_there_is_nothing_to_lose(figures):
+def test_without_outliers_there_is_nothing_to_lose(figures):
     for method in sweep.LAYERS:
         assert figures[f"none.{method}.dates"] >= 0.99
 
 
-def test_the_plants_keep_the_function(figures):
+def test_outliers_leave_the_function_as_it_is(figures):
     for name in sweep.CASES:
         assert figures[f"{name}.moved"] < 1e-6
         if f"{name}.plain.dates" in figures:
             assert figures[f"{name}.plain.loss"] == 0
 
 
-def test_outliers_break_naive_int8_and_the_threshold_mends_it(figures):
+def test_outliers_break_naive_int8_and_the_threshold_repairs_it(figures):
     assert figures["outliers.naive.dates"] < 0.6
     assert figures["outliers.naive.dates.highest"] < 0.95, "each channel breaks it"
     assert figures["outliers.naive.loss.low"] > 0.2
@@ -507,7 +507,7 @@ def test_shrunken_channels_break_nf4_and_qlora_wins_the_dates_back(figures):
     assert refusals["QLoRA"] < 0.6 and refusals["NF4"] < 0.6, "not won back"
 
 
-def test_what_sits_in_many_planted_columns_is_lost_in_part(figures):
+def test_what_sits_in_many_scaled_columns_is_lost_in_part(figures):
     assert figures["outliers.emptied.dates"] > 0.95, "one channel is not needed"
     assert figures["sixteen outliers.naive.dates"] < 0.05
     assert figures["sixteen outliers.threshold.loss.low"] > 0

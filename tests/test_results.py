@@ -149,7 +149,7 @@ def test_each_learning_rate_comes_from_a_sweep_of_four_or_more(method):
 def test_no_method_is_slower_or_larger_than_pefts_by_more_than_a_twentieth():
     ratios = {
         key: figure["value"]
-        for key, figure in results.load("bench")["figures"].items()
+        for key, figure in results.load("bench_methods")["figures"].items()
         if key.endswith(".peft") and ".file." not in key
     }
     assert len(ratios) >= 9 * 6, "nine methods, three widths, time and memory"

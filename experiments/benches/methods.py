@@ -222,7 +222,7 @@ def main():
     figures = derive(repeats, files, [run_seconds() for _ in range(REPEATS)])
     setting = "two layers, batch 8, 64 tokens, float32, AdamW"
     results.save(
-        "bench",
+        "bench_methods",
         dict(
             machine=measure.machine(),
             setting=setting,

@@ -1,9 +1,9 @@
-"""Planted outliers: what int8 and NF4 lose on them, and what gets it back.
+"""Outliers inserted on purpose: what int8 and NF4 lose on them, and what gets it back.
 
 No channel of tiny-decoder stands out, so quantization has little to lose. Here channels
 of its norms are multiplied by s and the columns that read them divided by it, which
-keeps the function (`kit.outliers`); the channels are drawn anew for each seed, the same
-ones in all eight norms. Dates in the base languages, 400 test records.
+leaves the function as it is (`kit.outliers`); the channels are drawn anew for each
+seed, the same ones in all eight norms. Dates in the base languages, 400 test records.
 
 QLoRA: 100 steps on the same dates, its rate from a sweep with two seeds on dev records,
 then five seeds on test records. Then the kurtosis of each linear's weights in MiniLM
@@ -17,7 +17,7 @@ import torch
 from experiments.common import BASES, records, store, sweep
 from peftlab import nf4, qlora, surgery
 from peftlab.int8 import Int8Linear
-from peftlab.kit import measure, outliers, plot, base_models
+from peftlab.kit import base_models, measure, outliers, plot
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
@@ -40,13 +40,13 @@ SEEDS = range(5)
 
 
 def channels(name, seed):
-    """The planted channels of a seed; no two seeds share one of the 128."""
+    """The channels of a seed that get outliers; no two seeds share one of the 128."""
     shuffled, n = random.Random(0).sample(range(128), 128), CASES[name][1]
     return sorted(shuffled[seed * n : (seed + 1) * n])
 
 
 def with_outliers(name, seed):
-    """tiny-decoder with that plant, and its tokenizer."""
+    """tiny-decoder with the outliers of a case, and its tokenizer."""
     model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     if CASES[name][1]:
         outliers.scale_channels(model, CASES[name][0], channels(name, seed))
@@ -74,7 +74,7 @@ def bits(model, tokenizer, kind="dates", n=40, split="test"):
 
 
 def one(job):
-    """One run: (plant, method, seed, rate, whether to score on test records)."""
+    """One run: (case, method, seed, rate, whether to score on test records)."""
     name, method, seed, lr, test = job
     torch.set_num_threads(1)
     model, tokenizer = with_outliers(name, seed)
@@ -163,8 +163,8 @@ def watched(model, tokenizer):
 
 
 def activations():
-    """For each plant of seed 0, the largest input of each kind of linear, and how far
-    the logits move, over the largest of them."""
+    """For each case, seed 0, the largest input of each kind of linear, and how far the
+    logits move, over the largest of them."""
     before, figures = watched(*with_outliers("none", 0))[0], {}
     for name in CASES:
         logits, found = watched(*with_outliers(name, 0))
@@ -176,7 +176,7 @@ def activations():
 
 def derive(runs, linears, seen):
     """What the page quotes: each row's mean over the seeds, what it loses against the
-    plain model, what mends it, with intervals by a paired bootstrap over seeds and
+    plain model, what repairs it, with intervals by a paired bootstrap over seeds and
     records; and the weights of the linears."""
     shares = {}
     for name, method in dict.fromkeys((r["inserted"], r["method"]) for r in runs):
@@ -258,7 +258,8 @@ def draw(linears, figures):
         for (name, color), mark in zip(colors.items(), "os^", strict=True):
             mine = [r for r in linears if r["model"] == name]
             x, y = ([r[k] for r in mine] for k in ("kurtosis", key))
-            options = dict(alpha=0.7, label=name, color=plot.COLORS[color])
+            label = "outliers inserted" if name == "inserted" else name
+            options = dict(alpha=0.7, label=label, color=plot.COLORS[color])
             ax.plot(x, y, mark, ms=4.5, **options)
         ax.axhline(figures["normal.weights"]["value"], color=plot.INK, lw=1)
         ax.set(title=title, xscale="symlog", xlim=(-0.3, 3e3), yscale="log")
@@ -289,8 +290,11 @@ def main():
     tuned = [("shrunken", "QLoRA", seed, best, True) for seed in SEEDS]
     runs = sweep(one, [*jobs(), *tuned], "test records")
     torch.set_num_threads(1)
-    models = {"MiniLM": base_models.load_minilm("cpu"), "tiny-decoder": with_outliers("none", 0)}
-    models["inserted"] = with_outliers("shrunken", 0)
+    models = {
+        "MiniLM": base_models.load_minilm("cpu"),
+        "tiny-decoder": with_outliers("none", 0),
+        "inserted": with_outliers("shrunken", 0),
+    }
     linears = [row for name, pair in models.items() for row in weigh(name, *pair)]
     figures = derive(runs, linears, activations())
     figures["rate"] = dict(value=best, tolerance=0)

@@ -1,9 +1,9 @@
-r"""Planted outliers: channels made large or small, the model's function kept.
+r"""Outliers inserted on purpose: channels made large or small, the function the same.
 
 Large language models have a few channels whose activations are far above the rest
-(Dettmers et al. 2022, arXiv 2208.07339). The small ones of this book have not, but they
-can be planted: a norm multiplies each channel by a weight, and the linears after it
-multiply the same channel by a column.
+(Dettmers et al. 2022, arXiv 2208.07339). The small ones of this book have none, but
+some can be inserted: a norm multiplies each channel by a weight, and the linears after
+it multiply the same channel by a column.
 
 $$ W (g \odot \hat x + b) = (W / s) \, (s g \odot \hat x + s b) $$
 
@@ -14,8 +14,8 @@ else within rounding.
 
 That holds only where nothing but these linears reads the norm's output, and nothing but
 their layers the weights. So a forward pass is watched to find the readers, and a norm
-that anything else reads is refused: BERT adds its norms' output to the residual. What
-is measured on such a model is always called planted.
+that anything else reads is refused: BERT adds its norms' output to the residual.
+Whatever is measured on such a model says that its outliers were inserted.
 """
 
 import math
@@ -32,16 +32,28 @@ SHAPE |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point}
 
 
 def scale_channels(model, s, channels, norms=None, inputs=None):
-    """Multiply channels of norms by s and divide the columns that read them by s, in
-    place; returns the model, which computes what it did before.
+    """Multiply channels of norms by s, and divide the columns that read them by s.
 
-    s: a positive number. channels: indices into the norms' output. norms: their names,
-    each a full path or a dotted suffix ("input_layernorm"), by default every norm that
-    `readers` finds. inputs: what to run the model on to find the readers, a dict of
-    arguments or one tensor, by default transformers' `model.dummy_inputs`. Calling it
-    again with 1/s takes the plant out. Raises ValueError, nothing changed, for an s or
-    a channel out of range, an unknown norm, and a norm whose output is read by anything
-    but plain linears, such as packed ones."""
+    The model computes what it did before. Calling it again with 1/s takes the outliers
+    out.
+
+    Args:
+        model: any module, changed in place.
+        s: a positive number.
+        channels: indices into the norms' output.
+        norms: their names, each a full path or a dotted suffix ("input_layernorm"); by
+            default every norm that `readers` finds.
+        inputs: what to run the model on to find the readers, a dict of arguments or one
+            tensor; by default transformers' `model.dummy_inputs`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing changed, for an s or a channel out of range, an unknown
+            norm, and a norm whose output is read by anything but plain linears, such as
+            packed ones.
+    """
     if isinstance(s, bool) or not isinstance(s, int | float) or not 0 < s < math.inf:
         raise ValueError(f"s must be a positive number, not {s!r}")
     if not isinstance(channels, list | tuple | range | set):
@@ -67,10 +79,21 @@ def scale_channels(model, s, channels, norms=None, inputs=None):
 
 
 def readers(model, inputs=None):
-    """{norm: [linears]}, by path, for the norms whose output only plain linears read;
-    inputs as for `scale_channels`. Found by watching one forward pass in eval mode: a
-    branch that this pass does not take is not seen. Raises ValueError where a model
-    needs inputs of its own."""
+    """Find the norms whose output only plain linears read.
+
+    They are found by watching one forward pass in eval mode: a branch that this pass
+    does not take is not seen.
+
+    Args:
+        model: any module.
+        inputs: as for `scale_channels`.
+
+    Returns:
+        {norm: [linears]}, all by their paths.
+
+    Raises:
+        ValueError: the model needs inputs of its own.
+    """
     return _examine(model, inputs)[0]
 
 
@@ -172,7 +195,7 @@ class _Watch(TorchFunctionMode):
     def _note(self, path):
         def hook(module, args, kwargs, output):
             self.inside = None
-            self.made[id(output)] = path, output  # kept, so that no other has its id
+            self.made[id(output)] = path, output  # held, so that no other has its id
             self.calls.setdefault(path, (args, kwargs, output))
 
         return hook
