@@ -252,7 +252,7 @@ def draw(linears, figures):
     """Each linear's kurtosis against what NF4 does to its weights and its output."""
     colors = {"MiniLM": "peft", "tiny-decoder": "LoRA", "inserted": "full"}
     titles = dict(weights="error of the weights", output="error of the output")
-    label = "excess kurtosis of the weights (normal: 0)"
+    label = "excess kurtosis (normal: 0)"
     axes = plot.axes(label, "", columns=2, figsize=(6.6, 3.8), sharey=True)
     for ax, (key, title) in zip(axes, titles.items(), strict=True):
         for (name, color), mark in zip(colors.items(), "os^", strict=True):
