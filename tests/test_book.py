@@ -1,5 +1,6 @@
 """The built book and the files that point at each other, checked offline."""
 
+import copy
 import json
 import re
 import tomllib
@@ -13,6 +14,8 @@ from bs4 import BeautifulSoup
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from tools import standalone
 
 ROOT = Path(__file__).parents[1]
 HTML = ROOT / "_build" / "html"
@@ -38,12 +41,17 @@ def soup(path):
     return BeautifulSoup(path.read_text("utf8"), "html.parser")
 
 
+@cache
+def anchors(path):
+    return {tag["id"] for tag in soup(path).find_all(id=True)}
+
+
 def prose(page):
     """The text of a page that a reader sees, without code and mathematics."""
-    page = BeautifulSoup(str(soup(page).find("article") or ""), "html.parser")
-    for tag in page.select("pre, code, script, style, .math, .MathJax, svg"):
+    article = copy.copy(soup(page).find("article") or BeautifulSoup("", "html.parser"))
+    for tag in article.select("pre, code, script, style, .math, .MathJax, svg"):
         tag.decompose()
-    return page.get_text(" ")
+    return article.get_text(" ")
 
 
 def notebook(chapter):
@@ -68,7 +76,7 @@ def dead(page, url):
     if not target.exists():
         return f"dead link {url}"
     anchor = unquote(parts.fragment)
-    if anchor and target.suffix == ".html" and not soup(target).find(id=anchor):
+    if anchor and target.suffix == ".html" and anchor not in anchors(target):
         return f"dead anchor {url}"
 
 
@@ -148,13 +156,14 @@ def test_a_reference_page_shows_its_file_and_its_chapter(doc):
     page, name = HTML / f"{doc}.html", Path(doc).name
     path = ROOT / "peftlab" / f"{name}.py"
     public = re.findall(r"^def ([a-z]\w*)", path.read_text("utf8"), re.M)
-    missing = [f for f in public if not soup(page).find(id=f"{name}.{f}")]
+    missing = [f for f in public if f"{name}.{f}" not in anchors(page)]
     assert not missing, f"{doc} does not document {missing}: touch it and rebuild"
     listings = [b.get_text() for b in soup(page).select("div.highlight pre")]
     first = next(line for line in path.read_text("utf8").splitlines() if "def " in line)
     assert any(first in text for text in listings), "the file itself is not shown"
     links = [a["href"] for a in soup(page).select("article a[href]")]
-    assert any("_downloads" in url and url.endswith(path.name) for url in links)
+    wanted = f"{name}.zip" if name in ("multi_lora", "qlora") else f"{name}.py"
+    assert any("_downloads" in url and url.endswith(wanted) for url in links)
     chapters = [u for u in links if "/notebooks/" in u]
     wanted = ":chapter:" in (ROOT / f"{doc}.md").read_text("utf8")
     assert bool(chapters) == wanted, f"{doc} does not link to its chapter"
@@ -212,10 +221,22 @@ def test_one_place_names_the_repository_and_the_others_agree():
     assert PROJECT["urls"]["Repository"] == REPOSITORY
 
 
+def links(text):
+    """The targets of a Markdown text's links, inline and by reference, in order."""
+    named = dict(re.findall(r"^\[([^]]+)\]: (\S+)$", text, re.MULTILINE))
+    found = re.findall(r"\]\(([^)]+)\)|\[([^]]+)\](?:\[([^]]*)\])?(?![(:\]])", text)
+    every = [
+        inline or named.get((ref or words).lower()) for inline, words, ref in found
+    ]
+    return [url for url in every if url]
+
+
 def table(text):
     """The chapters that a file's table of chapters links to, in order."""
     rows = [line for line in text.splitlines() if line.startswith("| [")]
-    found = [re.search(r"\((?:\.\./)?(notebooks/[\w.]+)\.ipynb\)", r) for r in rows]
+    rest = [line for line in text.splitlines() if line.startswith("[")]
+    urls = links("\n".join([*rows, *rest]))
+    found = [re.fullmatch(r"(?:\.\./)?(notebooks/[\w.]+)\.ipynb", url) for url in urls]
     return [m[1] for m in found if m]
 
 
@@ -230,9 +251,27 @@ def test_every_chapter_on_disk_is_in_the_contents():
 
 
 def test_the_files_that_the_readme_links_to_exist():
+    for file in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / file).read_text("utf8")
+        named = {*re.findall(r"^\[[^]]+\]: (\S+)$", text, re.MULTILINE)}
+        assert named <= {*links(text)}, "a reference that no link uses"
+        urls = [url for url in links(text) if not urlsplit(url).scheme]
+        assert not [url for url in urls if not (ROOT / url).exists()]
+
+
+def test_the_readme_opens_with_code_and_names_every_method():
     text = (ROOT / "README.md").read_text("utf8")
-    links = [u for u in re.findall(r"\]\(([^)]+)\)", text) if not urlsplit(u).scheme]
-    assert not [u for u in links if not (ROOT / u).exists()]
+    assert text.index("```python") < text.index("|---"), "a table before the first code"
+    first = text.index("python tools/standalone.py lora > lora.py")
+    assert text.index("```python") < first < text.index("|---")
+    lost = [n for n in standalone.NAMES if f"peftlab/{n}.py" not in links(text)]
+    assert not lost, f"README does not link to {lost}"
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_lines_have_at_most_100_characters(file):
+    lines = (ROOT / file).read_text("utf8").splitlines()
+    assert not [line for line in lines if len(line) > 100]
 
 
 def test_conda_gives_the_same_environment_as_pip():
@@ -261,3 +300,24 @@ def test_every_dependency_is_pinned_within_its_range():
         assert version, f"constraints.txt does not pin {wanted.name}"
         assert wanted.specifier.contains(version), f"{version} is not {wanted}"
     assert not [v for v in pins.values() if "+" in v], "a pin names a local build"
+
+
+# Words that only we would understand, or that say it worse: see CONTRIBUTING.md.
+PRIVATE = (
+    r"\b(held against|plant(s|ed)?|reckon(s|ed)?|piles?|dials?|\d+ lines at most)\b"
+)
+
+
+def test_no_private_word_is_on_a_page_or_in_a_file():
+    files = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "book").rglob("*.md"),
+    ]
+    for folder in ("peftlab", "experiments", "tools"):
+        files += (ROOT / folder).rglob("*.py")
+    bad = {}
+    for path in files:
+        if words := re.findall(PRIVATE, path.read_text("utf8"), re.IGNORECASE):
+            bad[str(path.relative_to(ROOT))] = sorted({word for word, *_ in words})
+    assert not bad, f"say it in plain words: {bad}"
