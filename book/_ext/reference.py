@@ -177,7 +177,7 @@ def download(srcdir, module, source):
 
 def offer(words, file, text):
     count = len(text.splitlines())
-    return f"{{download}}`{words} </{DOWNLOADS}/{file}>` ({count} lines)"
+    return f"[{words}](/{DOWNLOADS}/{file}) ({count} lines)"
 
 
 def page(module, source, chapter, offered):
