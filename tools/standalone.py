@@ -88,8 +88,8 @@ def standalone(method, surgery):
 
     body = edited(method, [(n, f"{SHARED}.{n.attr}", names[n.attr]) for n in uses])
     texts = {name: renamed(helpers[name], names) for name in helpers if name in reached}
-    above = [part for name, part in texts.items() if name in early]
-    below = [part for name, part in texts.items() if name not in early]
+    above = spaced(part for name, part in texts.items() if name in early)
+    below = spaced(part for name, part in texts.items() if name not in early)
 
     head, rest = without_imports(body)
     more = needed(surgery, texts)
@@ -98,10 +98,21 @@ def standalone(method, surgery):
         raise ValueError(f"surgery.py imports a {min(defined & more.keys())} too")
     head += written(merged(import_table(body), more))
     if above:
-        head += f"\n{EARLY}\n\n\n" + "\n\n".join(above) + "\n"
+        head += f"\n{EARLY}\n{above}\n"
     if below:
-        rest = f"{rest.rstrip()}\n\n\n{NOTE}\n\n\n" + "\n\n".join(below)
+        rest = f"{rest.rstrip()}\n\n\n{NOTE}\n{below}"
     return head + rest
+
+
+def spaced(parts):
+    """One text: two empty lines around functions and classes, one between constants."""
+    text = ""
+    tall = False
+    for part in parts:
+        after_tall = tall
+        tall = isinstance(ast.parse(part).body[0], ast.FunctionDef | ast.ClassDef)
+        text += ("\n\n" if tall or after_tall else "\n") + part
+    return text
 
 
 def shared_uses(tree):
