@@ -102,6 +102,8 @@ def merge(model):
             that is NaN or infinite in the base's dtype.
     """
     layers = surgery.wrappers(model, IA3Linear)
+    bases = [m.base for m in layers.values()]
+    surgery.refuse_unwritable(bases, "IA3 cannot be merged into")
     biases = {m: m.folded_bias() for m in layers.values()}
     for path, m in layers.items():
         if biases[m] is not None:

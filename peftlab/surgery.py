@@ -62,7 +62,8 @@ def set_weight(layer, W):
 def like(layer):
     """dtype and device of what trains beside a layer: float32 over 16 bits or fewer."""
     W = layer.weight
-    return dict(dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
+    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+    return dict(dtype=dtype, device=W.device)
 
 
 def is_packed(W):
@@ -85,14 +86,15 @@ def is_plain(layer):
         return True  # there are no numbers to try
 
     rows = torch.randn(2, W.shape[-1], generator=torch.Generator().manual_seed(0))
-    rows = rows.to(W)
+    rows = (8 * rows).to(W)
     try:
         with torch.no_grad():
             want = nn.functional.linear(rows, W, layer.bias)
             gap = (layer(rows) - want).abs().max()
     except Exception:  # it wants other inputs, or returns more than a tensor
         return False
-    return bool(gap <= 64 * torch.finfo(W.dtype).eps * want.abs().max())
+    rounding = max(4 * torch.finfo(W.dtype).eps, 1e-4)
+    return bool(gap <= rounding * want.abs().max())
 
 
 # Which layers

@@ -53,11 +53,18 @@ class VeRALinear(nn.Module):
         self.vera_d = nn.Parameter(torch.full_like(A[:, 0], 0.1))  # (r,)
         self.vera_b = nn.Parameter(torch.zeros_like(B[:, 0]))  # (out,)
 
+    @property
+    def vera_A(self):  # (r, widest in)
+        return self.frozen[0].vera_A
+
+    @property
+    def vera_B(self):  # (widest out, r)
+        return self.frozen[0].vera_B
+
     def slices(self):  # (r, in), (out, r)
         """This layer's part of the shared matrices A and B."""
         n_out, n_in = self.shape
-        (shared,) = self.frozen
-        return shared.vera_A[:, :n_in], shared.vera_B[:n_out]
+        return self.vera_A[:, :n_in], self.vera_B[:n_out]
 
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)

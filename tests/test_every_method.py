@@ -1,12 +1,14 @@
 """What holds for every method that wraps linear layers, tried on each of them.
 
-A law takes only `method`, the module. The files of the single methods name laws of this
-one among their MUTATIONS, so that each is seen to fail on broken copies.
+A law takes only `method`, the module. MUTATIONS break what surgery.py does for all of
+them; the files of the single methods name laws of this one among theirs, too.
 """
 
 import copy
 import importlib
 import inspect
+import itertools
+import warnings
 
 import bitsandbytes
 import pytest
@@ -20,18 +22,23 @@ from common import (
     assert_unchanged,
     jiggle,
     net,
+    seeded,
     snapshot,
     train,
     trainable,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import nn
+from torch.nn.utils import prune
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
+
+from peftlab import bitfit, surgery
 
 NAMES = ("lora", "dora", "pissa", "vera", "ia3")
 METHODS = {name: importlib.import_module(f"peftlab.{name}") for name in NAMES}
@@ -93,10 +100,10 @@ def test_only_what_the_state_dict_names_trains(method):
 
 def test_all_linear_takes_what_has_two_widths(method):
     model = nn.Sequential(nn.Linear(6, 6), Head())
-    try:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         put(method, model, "all-linear")
-    except AttributeError as error:
-        pytest.fail(f"a module with one width was taken for a linear: {error}")
+    assert not found, f"a module with one width was taken for a linear: {found[0]}"
     assert paths(method, model) == {"0", "1.regression"}
 
 
@@ -327,31 +334,49 @@ def test_fused_experts_are_refused_by_their_share(method):
         put(method, model, ["q_proj", "v_proj"])  # by name, the attention can have it
 
 
-BAD_TARGETS = {
-    "unknown target": ["nothing"],
-    "a target that is no linear": ["embed"],
-    "a linear and a norm": ["q_proj", "norm"],
-    "part of a name": ["_proj"],
-    "an empty name": [""],
-    "a target that is None": [None],
-    "a string": "q_proj",
-    "an empty string": "",
-    "an empty list": [],
-    "None": None,
-    "a number": 3,
-    "an iterator, which is spent after one look": iter(["q_proj"]),
+BAD = {
+    "unknown target": dict(targets=["nothing"]),
+    "a target that is no linear": dict(targets=["embed"]),
+    "a linear and a norm": dict(targets=["q_proj", "norm"]),
+    "part of a name": dict(targets=["_proj"]),
+    "an empty name": dict(targets=[""]),
+    "a target that is None": dict(targets=[None]),
+    "a string": dict(targets="q_proj"),
+    "an empty string": dict(targets=""),
+    "an empty list": dict(targets=[]),
+    "no targets": dict(targets=None),
+    "a number": dict(targets=3),
+    "an iterator, which is spent after one look": dict(targets=iter(["q_proj"])),
+    "half-wrong list": dict(targets=["q_proj", "nothing"]),
+    "a long list": dict(targets=["nothing" * 1000]),
+    **{f"r={r!r:.9}": dict(r=r) for r in (0, -1, 2.5, True, "8", None, 10**400)},
 }
 
 
-@pytest.mark.parametrize("case", BAD_TARGETS)
-def test_bad_targets_get_one_sentence_and_change_nothing(method, case):
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_changes_nothing(method, case):
     model = net()
     model.norm.requires_grad_(False)
     before = snapshot(model)
+    if "r" in BAD[case] and "r" not in inspect.signature(method.add).parameters:
+        pytest.skip("it has no rank")
     with pytest.raises(ValueError) as error:
-        put(method, model, BAD_TARGETS[case])
+        method.add(model, **{"targets": ["q_proj"], **BAD[case]})
     assert_one_sentence(error)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("model", [None, "net", 3, [nn.Linear(2, 2)]])
+def test_what_is_no_module_is_refused(method, model):
+    for call in (
+        lambda: put(method, model),
+        lambda: method.merge(model),
+        lambda: method.state_dict(model),
+        lambda: method.load_state_dict(model, {}),
+    ):
+        with pytest.raises(ValueError, match="nn.Module") as error:
+            call()
+        assert_one_sentence(error)
 
 
 def test_the_verbs_say_so_where_there_is_nothing(method):
@@ -362,6 +387,208 @@ def test_the_verbs_say_so_where_there_is_nothing(method):
             getattr(method, verb)(model, *[{}] * (verb == "load_state_dict"))
         assert_one_sentence(error)
         assert_unchanged(model, before)
+
+
+# The laws: what cannot be
+
+
+def contained(model):
+    """The model in what torch wraps around one, and with one such part."""
+    yield torch.compile(model, backend="eager"), "_orig_mod"
+    yield nn.DataParallel(model), "module"
+    model.inner = torch.compile(nn.Linear(2, 2), backend="eager")
+    yield model, "inner._orig_mod"
+
+
+def test_a_model_in_a_container_is_refused(method):
+    for plain in (net(), put(method, net())):
+        for model, inner in contained(plain):
+            carries = any(hasattr(m, "peft_method") for m in plain.modules())
+            calls = [lambda m: put(method, m)]
+            if carries:
+                calls = [method.state_dict, method.merge]
+                calls += [lambda m: method.load_state_dict(m, {})]
+            for call in calls:
+                with pytest.raises(ValueError, match="wrapped by") as error:
+                    call(model)
+                assert f"`{inner}`" in str(error.value), "say which is the plain one"
+                assert_one_sentence(error)
+
+
+def test_a_second_method_is_refused(method):
+    for other in (*METHODS.values(), bitfit):
+        for targets in (["q_proj"], ["c_proj"]):
+            model = put(method, net(), ["q_proj"])
+            before = snapshot(model)
+            with pytest.raises(ValueError, match="already") as error:
+                other.add(model) if other is bitfit else put(other, model, targets)
+            assert_one_sentence(error)
+            assert_unchanged(model, before)
+    model = bitfit.add(net())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="BitFit already"):
+        put(method, model)
+    assert_unchanged(model, before)
+
+
+def test_a_merge_past_what_the_dtype_holds_changes_nothing(method):
+    for spoiled in (1e38, torch.nan, torch.inf):
+        model = nn.Sequential(nn.Linear(6, 6).half(), nn.Linear(6, 6).half())
+        stir(method, put(method, model, ["0", "1"]))
+        for name, t in method.state_dict(model).items():
+            if name.startswith("1."):
+                t.fill_(spoiled)  # the second: the first would be merged by then
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="NaN or infinite") as error:
+            method.merge(model)
+        assert_one_sentence(error)
+        moved = [n for n, t in snapshot(model)[0].items() if n.startswith("0.")
+                 and not torch.equal(t, before[0][n])]  # fmt: skip
+        assert not moved and snapshot(model)[2] == before[2], "half the model is merged"
+
+
+def unwritable(kind):
+    layer = nn.Linear(6, 6)
+    if kind == "pruned":
+        return prune.l1_unstructured(layer, "weight", 0.5)
+    if kind == "normed":
+        return nn.utils.parametrizations.weight_norm(layer)
+    return layer.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("kind", ["pruned", "normed", "float8"])
+def test_a_weight_that_cannot_be_written_is_refused_first(method, kind):
+    model = nn.ModuleDict({"plain": nn.Linear(6, 6), "odd": unwritable(kind)})
+    splits = method in (METHODS["dora"], METHODS["pissa"])
+    if not splits:
+        stir(method, put(method, model, ["plain", "odd"]))
+    weight = model["plain"].weight.detach().clone()
+    with pytest.raises(ValueError, match="packed|computed") as error:
+        put(method, model, ["plain", "odd"]) if splits else method.merge(model)
+    assert_one_sentence(error)
+    assert torch.equal(model["plain"].weight, weight), "half the model was changed"
+
+
+class Reader(nn.Module):
+    """Reads its layers' weights and biases and never calls them, as WavLM does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(6, 8), Conv1D(6, 8)
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        return torch.tanh(x) @ self.conv.weight + self.conv.bias
+
+
+def test_a_layer_that_is_read_and_never_called_has_an_effect(method):
+    reader = seeded(Reader().double())
+    x = torch.randn(3, 6, dtype=torch.float64)
+    plain = reader(x)
+    put(method, reader, ["linear", "conv"])
+    assert (reader(x) - plain).abs().max() < 1e-12
+    wrapped = stir(method, reader)(x)
+    assert (wrapped - plain).abs().max() > 1e-3, "the method has no effect there"
+    wrapped.sum().backward()
+    assert any(p.grad.any() for p in method.state_dict(reader, True).values())
+    assert (method.merge(reader)(x) - wrapped).abs().max() < 1e-10
+
+
+def test_a_fast_path_gives_the_same_numbers(method):
+    layer = dict(d_model=8, nhead=2, dim_feedforward=16, dropout=0.0, batch_first=True)
+    block = nn.TransformerEncoderLayer(**layer)
+    put(method, seeded(block), ["linear1", "linear2", "out_proj"])
+    stir(method, block).eval()
+    x = torch.randn(2, 3, 8)
+    slow = block(x.requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), slow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.merge(block)(x), slow, rtol=1e-4, atol=1e-5)
+
+
+class Squashed(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x, scale=2.0):
+        return scale * super().forward(x)
+
+
+class Pair(nn.Linear):
+    def forward(self, x, scale=None):
+        return super().forward(x), scale
+
+
+class Same(nn.Linear):
+    """As Falcon's linear: a forward of its own that is the product all the same."""
+
+    def forward(self, x):
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+def test_a_layer_that_is_no_product_is_refused_by_name(method):
+    dtypes = (torch.float32, torch.bfloat16)
+    for dtype, kind in itertools.product(dtypes, (Squashed, Doubled, Pair)):
+        model = nn.ModuleDict({"fc": nn.Linear(6, 6), "odd": kind(6, 6)}).to(dtype)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"odd, a {kind.__name__}") as error:
+            put(method, model, ["fc", "odd"])
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+        with pytest.warns(UserWarning, match="leaves out odd"):
+            put(method, model, "all-linear")
+        assert paths(method, model) == {"fc"}
+
+
+def test_a_forward_of_its_own_that_is_the_product_is_taken(method):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bias in (True, False):
+            odd = Same(64, 64, bias=bias)
+            model = nn.Sequential(odd, nn.Linear(64, 64)).to(dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                put(method, model, "all-linear")
+            assert paths(method, model) == {"0", "1"}, "it is W x + b all the same"
+
+
+def test_full_paths_alone_are_taken_where_they_are_asked_for(method):
+    body = nn.ModuleDict({"proj": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"proj": nn.Linear(2, 2), "body": body})
+    put(method, model, surgery.Exactly(["proj"]))
+    assert paths(method, model) == {"proj"}, "body.proj ends in proj, but is not it"
+
+
+# Files and states
+
+
+def test_the_whole_model_goes_into_a_safetensors_file(method):
+    model = stir(method, put(method, net()))
+    try:
+        content = save(model.state_dict())
+    except RuntimeError as error:
+        pytest.fail(f"a checkpoint cannot be written: {error}")
+    twin = put(method, net())
+    twin.load_state_dict(load(content))
+    assert torch.equal(twin(IDS), model(IDS)), "a checkpoint lacks something"
+
+
+def test_loading_takes_finite_floats_alone(method):
+    model = stir(method, put(method, net()))
+    good = {n: t.clone() + 1 for n, t in method.state_dict(model).items()}
+    name = next(iter(good))
+    spoiled = good[name].clone()
+    spoiled.view(-1)[-1] = torch.nan
+    before = snapshot(model)
+    for t in (good[name].long(), good[name] > 0, good[name] + 0j, spoiled, spoiled / 0):
+        with pytest.raises(ValueError) as error:
+            method.load_state_dict(model, {**good, name: t})
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+    for tensors in (None, [], good.keys()):
+        with pytest.raises(ValueError):
+            method.load_state_dict(model, tensors)
 
 
 def test_what_the_state_dict_gives_goes_into_a_safetensors_file(method, tmp_path):
@@ -403,10 +630,215 @@ def test_a_four_bit_weight_is_known_by_any_storage(method, storage):
     assert trainable(model) == before[1]
 
 
-def test_each_law_has_a_mutation_that_it_finds():
-    laws = {f for n, f in globals().items() if n.startswith("test_")}
-    laws = {f for f in laws if [*inspect.signature(f).parameters] == ["method"]}
-    files = [importlib.import_module(f"test_{n}") for n in ("dora", "pissa", "vera")]
-    found = {law for file in files for law, _ in file.MUTATIONS.values()}
-    idle = {law.__name__ for law in laws - found}
-    assert not idle, f"laws that no mutation puts to the test: {idle}"
+# Broken copies of what surgery.py does, for tests/test_mutations.py: in lora's one file
+
+STRICT = test_loading_is_strict
+LINEAR = test_all_linear_takes_what_has_two_widths
+META = test_a_model_on_the_meta_device_gets_the_same_shapes
+PRECISION = test_own_tensors_are_float32_over_a_16_bit_base
+MERGED = test_merged_equals_unmerged_to_1e_10_in_float64
+PLAIN = test_merging_leaves_plain_frozen_layers
+PARENTS = test_a_linear_with_two_parents_is_wrapped_once_and_merged_once
+
+# {what is broken: (the law that goes red, {text: text in its place})}
+MUTATIONS = {
+    "the base is not frozen": (
+        test_only_what_the_state_dict_names_trains,
+        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
+    ),
+    "the base trains along": (
+        test_frozen_weights_are_bit_identical_after_training,
+        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
+    ),
+    "new layers are in train mode": (
+        test_the_new_layers_are_in_the_models_mode,
+        {"wrapper.train(layer.training)": "pass"},
+    ),
+    "adding moves the outputs": (
+        test_adding_changes_no_output,
+        {"wrapper.train(layer.training)": "layer.weight.data += 1e-3"},
+    ),
+    "train() merges": (
+        test_train_and_eval_change_no_weight,
+        {
+            "    def forward(self, x):": "    def train(self, mode=True):\n"
+            "        self.base.weight.data += 1e-3 * (not mode)\n"
+            "        return super().train(mode)\n\n"
+            "    def forward(self, x):"
+        },
+    ),
+    "a copy is the same layer": (
+        test_a_deepcopy_stands_on_its_own,
+        {
+            "    def forward(self, x):": "    def __deepcopy__(self, memo):\n"
+            "        return self\n\n    def forward(self, x):"
+        },
+    ),
+    "the new tensors stay in their precision": (
+        test_a_model_can_be_moved_to_another_precision,
+        {
+            "    def forward(self, x):": "    def _apply(self, fn, recurse=True):\n"
+            "        self.base._apply(fn)\n        return self\n\n"
+            "    def forward(self, x):"
+        },
+    ),
+    "one parent of two is wrapped": (
+        PARENTS,
+        {"layers.get(child, child)": "layers.pop(child, child)"},
+    ),
+    "one width makes a linear": (LINEAR, {"if n_out and n_in": "if n_out or n_in"}),
+    "a Conv1D's width is read the wrong way": (
+        META,
+        {"layer.weight.shape[::-1]": "layer.weight.shape"},
+    ),
+    "new tensors are in the base's 16 bits": (
+        PRECISION,
+        {"torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"},
+    ),
+    "new tensors are on the CPU": (META, {", device=W.device)": ', device="cpu")'}),
+    "the head is in all-linear": (
+        test_all_linear_leaves_out_the_output_head,
+        {"layer is head or ": ""},
+    ),
+    "a target matches the end of a name": (
+        test_a_target_matches_whole_names_from_the_end,
+        {'.endswith(f".{name}")': ".endswith(name)"},
+    ),
+    "full paths are taken for suffixes": (
+        test_full_paths_alone_are_taken_where_they_are_asked_for,
+        {"return path == name": "return path.endswith(name)"},
+    ),
+    "a half-wrong target list is accepted": (
+        test_a_half_wrong_target_list_is_refused,
+        {"if lost:": "if len(targets) == len(lost):"},
+    ),
+    "fused experts are passed over": (
+        test_fused_experts_are_refused_by_their_share,
+        {'"expert" in name and dim == 3': "False"},
+    ),
+    "a method goes on a method": (
+        test_adding_twice_is_refused,
+        {"    if names:\n        what": "    if False:\n        what"},
+    ),
+    "another method goes on a method": (
+        test_a_second_method_is_refused,
+        {'hasattr(type(m), "peft_method")': "isinstance(m, LoRALinear)"},
+    ),
+    "BitFit beneath is not seen": (
+        test_a_second_method_is_refused,
+        {'hasattr(model, "bitfit")': "False"},
+    ),
+    "a container is taken for the model": (
+        test_a_model_in_a_container_is_refused,
+        {"if kind.__name__ in _CONTAINERS:": "if False:"},
+    ),
+    "a container is looked for outside alone": (
+        test_a_model_in_a_container_is_refused,
+        {
+            "for path, m in model.named_modules():\n        for": "for path, m in"
+            ' [("", model)]:\n        for'
+        },
+    ),  # fmt: skip
+    "what is no product is taken": (
+        test_a_layer_that_is_no_product_is_refused_by_name,
+        {"return bool(gap <= rounding * want.abs().max())": "return True"},
+    ),
+    "what returns more than a tensor is taken": (
+        test_a_layer_that_is_no_product_is_refused_by_name,
+        {
+            "or returns more than a tensor\n        return False": "\n        return True"
+        },
+    ),
+    "a forward of its own is refused": (
+        test_a_forward_of_its_own_that_is_the_product_is_taken,
+        {"return bool(gap <= rounding": "return bool(gap <= -rounding"},
+    ),
+    "loading is not strict": (
+        STRICT,
+        {
+            "if got is None or got != want:": "if got and want and got != want:",
+            "if not tensors[name].is_floating_point():": "if False:",
+            "_check_fits(name, tensors[name], own[name].dtype)": "pass",
+            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
+        },
+    ),
+    "loading lets the unexpected pass": (
+        STRICT,
+        {"own.keys() | tensors.keys()": "own.keys()"},
+    ),
+    "loading copies what fits before it refuses": (
+        test_loading_takes_tensors_only_and_all_or_none,
+        {
+            "        got, want = _size": "        if name in own and name in tensors:\n"
+            "            own[name].copy_(torch.as_tensor(tensors[name]))\n"
+            "        got, want = _size"
+        },
+    ),  # fmt: skip
+    "loading does nothing": (
+        test_the_state_dict_goes_round,
+        {"t.copy_(tensors[name])": "pass"},
+    ),
+    "NaN is loaded": (
+        test_loading_takes_finite_floats_alone,
+        {"_check_fits(name, tensors[name], own[name].dtype)": "pass"},
+    ),
+    "whole numbers are loaded": (
+        test_loading_takes_finite_floats_alone,
+        {"if not tensors[name].is_floating_point():": "if False:"},
+    ),
+    "the state dict gives copies": (
+        test_only_what_the_state_dict_names_trains,
+        {"name: t.detach() for": "name: t.detach().clone() for"},
+    ),
+    "the whole model has no A": (
+        test_the_whole_model_goes_into_a_safetensors_file,
+        {
+            "self.lora_A = nn.Parameter(torch.empty(r, n_in, **like))": "self.hidden = "
+            "[nn.Parameter(torch.empty(r, n_in, **like))]",
+            "    def forward(self, x):": "    lora_A = property(lambda self: "
+            "self.hidden[0])\n\n    def forward(self, x):",
+        },
+    ),  # fmt: skip
+    "a Conv1D is merged untransposed": (
+        MERGED,
+        {"W = W.T if _is_conv1d(layer) else W\n    W = W.to": "W = W.to"},
+    ),
+    "merging writes into a tied weight": (
+        test_a_tied_weight_is_left_alone,
+        {
+            "layer.weight = nn.Parameter(W, requires_grad=False)": "layer.weight.data"
+            ".copy_(W)"
+        },
+    ),
+    "merging leaves float32 over a 16-bit base": (
+        PRECISION,
+        {"W = W.to(layer.weight.dtype).contiguous()": "W = W.contiguous()"},
+    ),
+    "merging leaves the wrappers": (
+        PLAIN,
+        {"    return _unwrap(model, kind)": "    return model.requires_grad_(False)"},
+    ),
+    "merging unfreezes": (
+        PLAIN,
+        {"    return model.requires_grad_(False)": "    return model.requires_grad_()"},
+    ),
+    "merging goes past the dtype": (
+        test_a_merge_past_what_the_dtype_holds_changes_nothing,
+        {"_check_fits(path, m.folded(), m.base.weight.dtype)": "pass"},
+    ),
+    "merging checks and writes layer by layer": (
+        test_a_merge_past_what_the_dtype_holds_changes_nothing,
+        {
+            "_check_fits(path, m.folded(), m.base.weight.dtype)": "_check_fits(path, "
+            "m.folded(), m.base.weight.dtype)\n        _set_weight(m.base, m.folded())"
+        },
+    ),  # fmt: skip
+    "a layer that is read shows its base": (
+        test_a_layer_that_is_read_and_never_called_has_an_effect,
+        {"    W = wrapper.folded()": "    W = _weight(base)"},
+    ),
+    "a fast path sees the base": (
+        test_a_fast_path_gives_the_same_numbers,
+        {"    W = wrapper.folded()": "    W = _weight(base)"},
+    ),
+}

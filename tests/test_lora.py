@@ -9,6 +9,7 @@ import math
 
 import bitsandbytes
 import pytest
+import test_every_method as every
 import torch
 from common import (
     ALL,
@@ -29,10 +30,6 @@ from common import (
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -135,17 +132,6 @@ def test_the_change_after_training_has_rank_r(lora):
         assert values[2] < 1e-12 * values[0], f"{name}: rank above r; is W trained too?"
 
 
-def test_merged_equals_unmerged_to_1e_10_in_float64(lora):
-    model = train(lora.add(net(), ALL, r=3, alpha=12))
-    wrapped = model(IDS)
-    assert (wrapped - net()(IDS)).abs().max() > 1e-3
-    gap = (lora.merge(model)(IDS) - wrapped).abs().max()
-    assert gap < 1e-10, (
-        f"merging moved the outputs by {gap:.1e}: is the product transposed (W is"
-        " (out, in), a Conv1D's (in, out)), or the scaling forgotten?"
-    )
-
-
 def test_merging_leaves_plain_frozen_layers(lora):
     model = lora.merge(lora.add(net(), ALL, bias="all"))
     kinds = [(n, type(m)) for n, m in model.named_modules()]
@@ -160,17 +146,6 @@ def test_merging_takes_a_16_bit_base_once_to_its_own_precision(lora):
     exact = layer.base.weight.float() + 2 * layer.lora_B @ layer.lora_A
     merged = lora.merge(model).proj.weight
     assert torch.equal(merged, exact.bfloat16()), "the sum must be rounded only once"
-
-
-def test_a_and_b_are_float32_over_a_16_bit_base(lora):
-    for dtype in (torch.bfloat16, torch.float16):
-        base = nn.Linear(6, 6).to(dtype)
-        layer = lora.add(nn.Sequential(base), ["0"], r=2)[0]
-        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-        y = layer(torch.randn(3, 6, dtype=dtype))
-        assert y.dtype == dtype, "the layer must answer in its base's precision"
-        y.sum().backward()
-        assert layer.lora_B.grad.any() and layer.base.weight.dtype == dtype
 
 
 def test_dropout_is_off_in_eval_mode(lora):
@@ -233,49 +208,6 @@ def test_frozen_weights_are_bit_identical_after_training(lora):
             assert moved or not trains, f"{name} did not train"
 
 
-def test_train_and_eval_change_no_weight(lora):
-    model = fill(lora.add(net(), ALL), lora)
-    before = snapshot(model)[0]
-    model.train().eval().train().eval()
-    after = snapshot(model)[0]
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[n], before[n]) for n in before), "a mode merged LoRA"
-
-
-def test_merging_a_tied_head_leaves_the_embedding_alone(lora):
-    model = net()
-    model.lm_head = nn.Linear(6, 11, bias=False).double()
-    model.lm_head.weight = model.embed.weight
-    model.proj = nn.Linear(12, 6, bias=False).double()
-    embedding = model.embed.weight.detach().clone()
-    fill(lora.add(model, ["lm_head"]), lora)
-    wrapped = model(IDS)
-    lora.merge(model)
-    assert torch.equal(model.embed.weight, embedding), "the tied embedding moved too"
-    assert (model(IDS) - wrapped).abs().max() < 1e-10
-
-
-def test_a_linear_with_two_parents_is_wrapped_once_and_merged_once(lora):
-    shared = nn.Linear(6, 6).double()
-    model = nn.ModuleDict({k: nn.ModuleDict({"up": shared}) for k in "ab"})
-    x = torch.randn(4, 6, dtype=torch.float64)
-    fill(lora.add(model, ["up"], r=2), lora)
-    assert model["a"]["up"] is model["b"]["up"], "one linear got two bypasses"
-    assert len(lora.state_dict(model)) == 2
-    wrapped = model["b"]["up"](x)
-    lora.merge(model)
-    assert model["a"]["up"] is model["b"]["up"] is shared
-    gap = (model["b"]["up"](x) - wrapped).abs().max()
-    assert gap < 1e-10, "the shared weight was merged twice, or in one parent only"
-
-
-def test_all_linear_leaves_out_the_output_head(lora):
-    model = lora.add(net(), "all-linear")
-    got = {n.rpartition(".")[0] for n in lora.state_dict(model)}
-    assert "lm_head" not in got, "all-linear must leave out the output head"
-    assert got == set(ALL)
-
-
 def test_all_linear_leaves_out_a_classifier_and_a_score(lora):
     two = nn.ModuleDict({"dense": nn.Linear(4, 4), "out_proj": nn.Linear(4, 2)})
     for name, head in (
@@ -288,40 +220,6 @@ def test_all_linear_leaves_out_a_classifier_and_a_score(lora):
         lora.add(model, "all-linear")
         got = {n.rpartition(".")[0] for n in lora.state_dict(model)}
         assert got == {"dense"}, f"all-linear must leave out the head: {got}"
-
-
-def test_a_parent_that_never_calls_its_layers_is_loud(lora):
-    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    lora.add(block, ["linear1", "linear2"], r=2)
-    with torch.no_grad(), pytest.raises(AttributeError, match="bias"):
-        block(torch.randn(2, 3, 8))  # its fast path would leave LoRA out, unsaid
-
-
-def test_a_target_matches_whole_names_from_the_end(lora):
-    def chosen(*targets):
-        model = nn.ModuleDict(
-            {
-                "first": nn.ModuleDict(
-                    {k: nn.Linear(2, 2) for k in ("q_proj", "proj")}
-                ),
-                "other": nn.ModuleDict({"proj": nn.Linear(2, 2)}),
-            }
-        )
-        lora.add(model, list(targets), r=1)
-        return {n.rpartition(".")[0] for n in lora.state_dict(model)}
-
-    assert chosen("proj") == {"first.proj", "other.proj"}, '"proj" is not "q_proj"'
-    assert chosen("first.proj") == {"first.proj"}
-    assert chosen("q_proj", "other.proj") == {"first.q_proj", "other.proj"}
-
-
-def test_a_half_wrong_target_list_is_refused(lora):
-    model = net()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="no_such_proj") as error:
-        lora.add(model, ["q_proj", "no_such_proj"])
-    assert "c_attn" in str(error.value), "the message must list what there is"
-    assert_unchanged(model, before)
 
 
 def test_the_state_dict_goes_round(lora):
@@ -374,55 +272,9 @@ def test_loading_is_strict(lora):
     lora.load_state_dict(model, good)
 
 
-def test_adding_twice_is_refused(lora):
-    model = lora.add(net(), ["q_proj"])
-    before = snapshot(model)
-    for targets in (["q_proj"], ["proj"]):
-        with pytest.raises(ValueError, match="already") as error:
-            lora.add(model, targets)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
-    lora.add(lora.merge(model), ["q_proj"])  # once it is merged, it may come again
-
-
-def test_fused_experts_are_refused_by_their_share(lora):
-    moe = dict(**SMALL, num_attention_heads=4, num_key_value_heads=2)
-    for model in (
-        MixtralForCausalLM(MixtralConfig(**moe, num_local_experts=4)),
-        Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**moe, num_experts=4, moe_intermediate_size=32, head_dim=8)
-        ),
-    ):
-        before = snapshot(model)
-        sizes = {n: p.numel() for n, p in model.named_parameters()}
-        fused = sum(k for n, k in sizes.items() if n.endswith(("up_proj", "down_proj")))
-        with pytest.raises(ValueError, match=f"{fused / sum(sizes.values()):.0%}"):
-            lora.add(model, "all-linear")
-        assert_unchanged(model, before)
-        lora.add(model, ["q_proj", "v_proj"])  # by name, the attention can have it
-
-
 # Bad input: one sentence each, and the model as it was
 
 BAD = {
-    "unknown target": dict(targets=["nothing"]),
-    "half-wrong list": dict(targets=["q_proj", "nothing"]),
-    "a target that is no linear": dict(targets=["embed"]),
-    "a linear and a norm": dict(targets=["q_proj", "norm"]),
-    "part of a name": dict(targets=["_proj"]),
-    "an empty name": dict(targets=[""]),
-    "a target that is None": dict(targets=[None]),
-    "a string": dict(targets="q_proj"),
-    "an empty string": dict(targets=""),
-    "an empty list": dict(targets=[]),
-    "None": dict(targets=None),
-    "a number": dict(targets=3),
-    "an iterator, which is spent after one look": dict(targets=iter(["q_proj"])),
-    "r=0": dict(r=0),
-    "r=-1": dict(r=-1),
-    "r=2.5": dict(r=2.5),
-    "r=True": dict(r=True),
-    "r='8'": dict(r="8"),
     "alpha=0": dict(alpha=0),
     "alpha=-16": dict(alpha=-16),
     "alpha=nan": dict(alpha=math.nan),
@@ -436,6 +288,11 @@ BAD = {
     "bias='some'": dict(bias="some"),
     "bias=True": dict(bias=True),
     "bias=None": dict(bias=None),
+    "alpha=10**400": dict(alpha=10**400),
+    "alpha=True": dict(alpha=True),
+    "dropout=10**400": dict(dropout=10**400),
+    "rslora='false'": dict(rslora="false"),
+    "rslora=1": dict(rslora=1),
 }
 
 
@@ -446,16 +303,6 @@ def test_bad_input_gets_one_sentence_and_changes_nothing(case):
     before = snapshot(model)
     with pytest.raises(ValueError) as error:
         reference.add(model, **{"targets": ["q_proj"], **BAD[case]})
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize("verb", ["state_dict", "load_state_dict", "merge"])
-def test_the_verbs_say_so_where_there_is_no_lora(verb):
-    model = net()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="no LoRA") as error:
-        getattr(reference, verb)(model, *[{}] * (verb == "load_state_dict"))
     assert_one_sentence(error)
     assert_unchanged(model, before)
 
@@ -493,16 +340,6 @@ def test_lora_trains_over_a_packed_base_and_merge_refuses_it(kind):
         reference.merge(model)
     assert_one_sentence(error)
     assert isinstance(model[0], reference.LoRALinear)
-
-
-def test_merge_refuses_before_it_touches_the_first_layer():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), packed("nf4"))
-    fill(reference.add(model, ["0", "1.0"], r=2), reference)
-    weight = model[0].base.weight.clone()
-    with pytest.raises(ValueError, match="packed"):
-        reference.merge(model)
-    assert torch.equal(model[0].base.weight, weight), "half the model was merged"
 
 
 # The oracle: peft
@@ -543,7 +380,9 @@ def plain_names(peft_model):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [*MODELS, "t5"])
 def test_numbers_equal_pefts_before_and_after_training(name, mode):
-    model = {**MODELS, "t5": t5}[name]()
+    model = {**MODELS, "t5": t5}[
+        name
+    ]().double()  # float32 is off by 1.5e-5 on some CPUs
     twin, settings = copy.deepcopy(model), dict(r=4, alpha=6, **MODES[mode])
     fill(reference.add(model, "all-linear", **settings), reference)
     ours = reference.state_dict(model, keep_vars=True)
@@ -614,17 +453,15 @@ assert torch.allclose(merged(x), tuned, atol=1e-5)
 SCALING = "alpha / math.sqrt(r) if rslora else alpha / r"
 RETURN = "return (y + bypass).to(y.dtype)"
 KAIMING = "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))"
-DELTA = "m.scaling * (m.lora_B @ m.lora_A)"
+DELTA = "self.scaling * (self.lora_B @ self.lora_A)"
+DROPPED = "self.dropout(x.to(self.lora_A.dtype))"
 BYPASS = test_the_bypass_adds_alpha_over_r_times_b_a_x
 RSLORA = test_rslora_scales_by_alpha_over_the_root_of_r
 START = test_adding_lora_changes_no_output
 GRADIENT = test_the_first_gradient_reaches_b_and_not_a
 RANK = test_the_change_after_training_has_rank_r
-FROZEN = test_frozen_weights_are_bit_identical_after_training
-MERGED = test_merged_equals_unmerged_to_1e_10_in_float64
-STRICT = test_loading_is_strict
-HEAD = test_all_linear_leaves_out_the_output_head
-HALF_WRONG = test_a_half_wrong_target_list_is_refused
+MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
+ONLY = test_only_a_and_b_train
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
@@ -636,89 +473,57 @@ MUTATIONS = {
     "the bypass is dead": (BYPASS, {RETURN: "return y"}),
     "the base is dropped": (START, {RETURN: RETURN.replace("y + ", "", 1)}),
     "the answer is in float32": (
-        test_a_and_b_are_float32_over_a_16_bit_base,
+        every.test_own_tensors_are_float32_over_a_16_bit_base,
         {RETURN: RETURN.removesuffix(".to(y.dtype)")},
     ),
-    "A and B are both zero": (
-        GRADIENT,
-        {KAIMING: "self.lora_A.data *= 0"},
-    ),
+    "A and B are both zero": (GRADIENT, {KAIMING: "self.lora_A.data *= 0"}),
     "A and B are both random": (START, {"torch.zeros(n_out": "torch.randn(n_out"}),
     "A is zero and B random": (
         GRADIENT,
-        {
-            "torch.zeros(n_out": "torch.randn(n_out",
-            KAIMING: ("nn.init.zeros_(self.lora_A)"),
-        },
+        {"torch.zeros(n_out": "torch.randn(n_out", KAIMING: "self.lora_A.data *= 0"},
     ),
     "A starts from another width": (
         test_a_starts_uniform_within_one_over_the_root_of_its_width,
         {"a=math.sqrt(5)": "a=0"},
     ),
-    "A and B are in the base's 16 bits": (
-        test_a_and_b_are_float32_over_a_16_bit_base,
-        {
-            "torch.promote_types(layer.weight.dtype, ": "(lambda t, _: t)("
-            "layer.weight.dtype, "
-        },
-    ),
     "the rank is one too many": (RANK, {"torch.empty(r,": "torch.empty(r := r + 1,"}),
     "the base is not frozen": (
-        test_only_a_and_b_train,
-        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
-    ),
-    "the base trains along": (
-        FROZEN,
+        ONLY,
         {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
     ),
     "A and B are frozen too": (
-        test_only_a_and_b_train,
+        ONLY,
         {"p.requires_grad_(True)": "p.requires_grad_(False)"},
     ),
     "the product is transposed": (
         MERGED,
-        {DELTA: "m.scaling * (m.lora_A.T @ m.lora_B.T)"},
+        {DELTA: "self.scaling * (self.lora_A.T @ self.lora_B.T)"},
     ),
     "a square product is transposed": (
         MERGED,
         {DELTA: f"(lambda d: d.T if d.shape[0] == d.shape[1] else d)({DELTA})"},
     ),
-    "a Conv1D is merged untransposed": (
-        MERGED,
-        {"W = W.T if _is_conv1d(layer) else W": "pass"},
-    ),
     "a Conv1D's width is read the wrong way": (
         test_a_conv1d_is_wrapped_by_what_goes_in_and_out,
         {"layer.weight.shape[::-1]": "layer.weight.shape"},
     ),
-    "merging forgets the scaling": (MERGED, {DELTA: "m.lora_B @ m.lora_A"}),
-    "merging adds nothing": (MERGED, {f"W + {DELTA}": "W"}),
-    "merging writes into a tied weight": (
-        test_merging_a_tied_head_leaves_the_embedding_alone,
-        {
-            "layer.weight = nn.Parameter(W, requires_grad=False)": "layer.weight.data"
-            ".copy_(W)"
-        },
-    ),
+    "merging forgets the scaling": (MERGED, {DELTA: "self.lora_B @ self.lora_A"}),
+    "merging adds nothing": (MERGED, {f"return W + {DELTA}": "return W"}),
     "merging rounds twice": (
         test_merging_takes_a_16_bit_base_once_to_its_own_precision,
         {DELTA: f"({DELTA}).to(W.dtype)"},
-    ),
-    "merging leaves the wrappers": (
-        test_merging_leaves_plain_frozen_layers,
-        {"return _unwrap(model, LoRALinear)": "return model.requires_grad_(False)"},
     ),
     "merging leaves biases to train": (
         test_merging_leaves_plain_frozen_layers,
         {"    return model.requires_grad_(False)": "    return model"},
     ),
-    "one parent of two is wrapped": (
-        test_a_linear_with_two_parents_is_wrapped_once_and_merged_once,
-        {"layers.get(child, child)": "layers.pop(child, child)"},
+    "biases train unasked": (
+        test_frozen_weights_are_bit_identical_after_training,
+        {'"none": [],': '"none": every,'},
     ),
     "dropout stays on in eval mode": (
         test_dropout_is_off_in_eval_mode,
-        {"self.dropout(x.to(self.lora_A.dtype))": "nn.functional.dropout(x, 0.5)"},
+        {DROPPED: "nn.functional.dropout(x, 0.5)"},
     ),
     "dropout is on in a model that is in eval mode": (
         test_dropout_is_off_at_once_on_a_model_in_eval_mode,
@@ -726,21 +531,11 @@ MUTATIONS = {
     ),
     "dropout is forgotten": (
         test_dropout_thins_only_the_input_of_the_bypass,
-        {"self.dropout(x.to(self.lora_A.dtype))": "x.to(self.lora_A.dtype)"},
+        {DROPPED: "x.to(self.lora_A.dtype)"},
     ),
     "dropout thins the base's input too": (
         test_dropout_thins_only_the_input_of_the_bypass,
         {"y = self.base(x)": "y = self.base(x := self.dropout(x))"},
-    ),
-    "train() merges": (
-        test_train_and_eval_change_no_weight,
-        {
-            "    def forward(self, x):": "    def train(self, mode=True):\n"
-            "        if not mode:\n"
-            "            self.base.weight.data += 1e-3\n"
-            "        return super().train(mode)\n\n"
-            "    def forward(self, x):"
-        },
     ),
     'bias="all" trains none': (
         test_bias_all_trains_every_bias_and_no_other_base_weight,
@@ -748,59 +543,26 @@ MUTATIONS = {
     ),
     'bias="lora_only" trains all': (
         test_bias_lora_only_trains_the_biases_of_the_targets,
-        {'"lora_only": held': '"lora_only": every'},
+        {'"lora_only": wrapped': '"lora_only": every'},
     ),
     "biases are named as in the wrapper": (
         test_the_state_dict_names_biases_as_in_the_plain_model,
-        {"held.get(name, name)": "name"},
+        {"wrapped.get(name, name)": "name"},
     ),
     "a module called base loses its name": (
         test_a_module_that_is_called_base_keeps_its_name,
-        {"held.get(name, name)": 'name.replace(".base.bias", ".bias")'},
+        {"wrapped.get(name, name)": 'name.replace(".base.bias", ".bias")'},
     ),
     "the state dict leaves A out": (
         test_the_state_dict_goes_round,
         {'("lora_A", "lora_B")': '("lora_B",)'},
     ),
-    "loading is not strict": (
-        STRICT,
-        {
-            "if got is None or got != want:": "if got and want and got != want:",
-            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
-        },
+    "biases are not loaded": (
+        test_loading_is_strict,
+        {"own[name] = p if keep_vars else p.detach()": "pass"},
     ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"own.keys() | tensors.keys()": "own.keys()"},
-    ),
-    "a half-wrong target list is accepted": (
-        HALF_WRONG,
-        {
-            "if lost:": "if len(targets) == len(lost):",
-        },
-    ),
-    "the head is in all-linear": (HEAD, {"layer is head or ": ""}),
     "the classifier is in all-linear": (
         test_all_linear_leaves_out_a_classifier_and_a_score,
         {'{"classifier", "score", ': '{"score", '},
-    ),
-    "a target matches the end of a name": (
-        test_a_target_matches_whole_names_from_the_end,
-        {'.endswith(f".{name}")': ".endswith(name)"},
-    ),
-    "a fast path finds all that it needs": (
-        test_a_parent_that_never_calls_its_layers_is_loud,
-        {
-            "    @property": "    bias = property(lambda self: self.base.bias)\n\n"
-            "    @property"
-        },
-    ),
-    "LoRA goes on LoRA": (
-        test_adding_twice_is_refused,
-        {"any(isinstance(m, kind) for m in model.modules())": "False"},
-    ),
-    "fused experts are passed over": (
-        test_fused_experts_are_refused_by_their_share,
-        {'"expert" in name and dim == 3': "False"},
     ),
 }

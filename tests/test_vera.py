@@ -117,6 +117,8 @@ def test_all_layers_share_one_frozen_a_and_one_b(vera):
     extra = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in net().parameters()
     )
+    names = [n for n in model.state_dict() if "vera_A" in n or "vera_B" in n]
+    assert len(names) == 2, f"a checkpoint must hold A and B once: {names}"
     vectors = sum(t.numel() for t in vera.state_dict(model).values())
     assert vectors == sum(5 + n for n in (8, 12, 12, 12)), "L (d + r) numbers train"
     assert extra == vectors + 2 * 5 * 12
@@ -208,19 +210,13 @@ def test_merging_refuses_a_packed_weight_before_the_first_layer(vera):
 # Bad input: one sentence each, and the model as it was
 
 BAD = {
-    "r=0": dict(r=0),
-    "r=-1": dict(r=-1),
-    "r=2.5": dict(r=2.5),
-    "r=True": dict(r=True),
-    "r='8'": dict(r="8"),
-    "r=None": dict(r=None),
     "seed=-1": dict(seed=-1),
     "seed=1.5": dict(seed=1.5),
     "seed=True": dict(seed=True),
     "seed='0'": dict(seed="0"),
     "seed=None": dict(seed=None),
     "seed=2**63": dict(seed=2**63),
-    "half-wrong list": dict(targets=["q_proj", "nothing"]),
+    "seed=10**400": dict(seed=10**400),
 }
 
 
@@ -325,16 +321,11 @@ assert torch.allclose(merged(x), tuned, atol=1e-5)
 # Broken copies, for tests/test_mutations.py
 
 LOW = "low = x.to(A.dtype) @ A.T * self.vera_d"
-RETURN = "return torch.addcmul(y, low @ B.T, self.vera_b).to(y.dtype)"
-SLICES = "self.vera_A[:, : self.shape[1]], self.vera_B[: self.shape[0]]"
-WRAP = "VeRALinear(m, A, B, seed)"
-KEPT = "self.vera_A, self.vera_B = A, B"
+ADDED = "y + low @ B.T * self.vera_b"
+RETURN = f"return ({ADDED}).to(y.dtype)"
+SLICES = "return self.vera_A[:, :n_in], self.vera_B[:n_out]"
 DRAW = 't = torch.empty(shape, dtype=torch.float32, device="cpu")'
-SHAPES = "((r, n_in), (n_out, r))"
-BOUND = "math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))"
-CHANGE = "(m.vera_b[:, None] * B * m.vera_d) @ A"
-SUM = "(base.weight + delta).to(base.weight.dtype)"
-TURN = 'delta = delta.T if type(base).__name__ == "Conv1D" else delta'
+CHANGE = "(self.vera_b[:, None] * B * self.vera_d) @ A"
 STARTS = test_d_starts_at_a_tenth_and_b_at_zero
 FIRST = test_the_first_gradient_reaches_b_and_not_d
 EQUATION = test_a_layer_adds_b_times_big_b_times_d_times_big_a_x
@@ -346,15 +337,12 @@ RANK = test_the_change_after_training_has_rank_r
 MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
 IN_16_BITS = every.test_own_tensors_are_float32_over_a_16_bit_base
 ONLY = every.test_only_what_the_state_dict_names_trains
-STRICT = every.test_loading_is_strict
+IDENTITY = every.test_adding_changes_no_output
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
     "d is forgotten": (EQUATION, {LOW: "low = x.to(A.dtype) @ A.T"}),
-    "b is forgotten": (
-        every.test_adding_changes_no_output,
-        {RETURN: "return (y + low @ B.T).to(y.dtype)"},
-    ),
+    "b is forgotten": (IDENTITY, {ADDED: "y + low @ B.T"}),
     "b is at d's place and d at b's": (
         EQUATION,
         {
@@ -364,56 +352,57 @@ MUTATIONS = {
         },
     ),
     "b scales what the base says too": (
-        every.test_adding_changes_no_output,
-        {RETURN: "return ((y + low @ B.T) * self.vera_b).to(y.dtype)"},
+        IDENTITY,
+        {ADDED: "(y + low @ B.T) * self.vera_b"},
     ),
     "the vectors are squared": (EQUATION, {LOW: f"{LOW} * self.vera_d"}),
-    "the change is divided by r": (EQUATION, {"low @ B.T,": "low @ B.T / len(A),"}),
+    "the change is divided by r": (EQUATION, {"low @ B.T *": "low @ B.T / len(A) *"}),
     "the branch is dead": (EQUATION, {RETURN: "return y"}),
-    "the base is dropped": (
-        every.test_adding_changes_no_output,
-        {RETURN: RETURN.replace("(y,", "(0 * y,")},
-    ),
+    "the base is dropped": (IDENTITY, {ADDED: f"0 * {ADDED}"}),
     "a narrow layer takes B's last rows": (
         EQUATION,
-        {SLICES: SLICES.replace("[: self.shape[0]]", "[-self.shape[0] :]")},
+        {SLICES: SLICES.replace("[:n_out]", "[-n_out:]")},
     ),
     "a narrow layer takes A's last columns": (
         EQUATION,
-        {SLICES: SLICES.replace(": self.shape[1]", "-self.shape[1] :")},
+        {SLICES: SLICES.replace("[:, :n_in]", "[:, -n_in:]")},
     ),
     "each layer has an A and a B of its own": (
         SHARED,
         {
-            WRAP: "VeRALinear(m, nn.Parameter(A.clone(), False),"
-            " nn.Parameter(B.clone(), False), seed)"
+            "self.frozen = [shared]": "self.frozen = [shared := Shared(shared.vera_A"
+            ".data.clone(), shared.vera_B.data.clone())]"
         },
     ),
-    "A and B are buffers, which part when moved": (
-        SHARED,
-        {
-            KEPT: 'self.register_buffer("vera_A", A.data)\n'
-            '        self.register_buffer("vera_B", B.data)'
-        },
+    "every layer holds A and B for torch": (SHARED, {"if owner:": "if True:"}),
+    "a checkpoint holds A and B for each layer": (
+        every.test_the_whole_model_goes_into_a_safetensors_file,
+        {"if owner:": "if True:"},
     ),
-    "A and B train": (ONLY, {"nn.Parameter(t.to(**like), False)": "nn.Parameter(t)"}),
+    "A and B train": (
+        ONLY,
+        {"nn.Parameter(A, requires_grad=False)": "nn.Parameter(A)"},
+    ),
     "A and B are in the base's 16 bits": (
         IN_16_BITS,
-        {"dtype=torch.promote_types(w.dtype, torch.float32)": "dtype=w.dtype"},
+        {"torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"},
     ),
     "the seed is ignored": (SEED, {"manual_seed(seed)": "manual_seed(0)"}),
-    "torch's own dice are thrown": (SEED, {", generator=dice": ""}),
+    "torch's own dice are thrown": (SEED, {", generator=generator": ""}),
     "torch's own dice are seeded": (
         SEED,
         {"torch.Generator().manual_seed(seed)": "torch.manual_seed(seed)"},
     ),
     "B is drawn first": (
         KAIMING,
-        {SHAPES: "((n_out, r), (r, n_in))", "return pair": "return pair[::-1]"},
+        {
+            "    A = draw(r, n_in)\n    B = draw(n_out, r)\n": "    B = draw(n_out,"
+            " r)\n    A = draw(r, n_in)\n"
+        },
     ),
     "each is drawn from the seed anew": (
         KAIMING,
-        {DRAW: f"dice.manual_seed(seed)\n        {DRAW}"},
+        {DRAW: f"generator.manual_seed(seed)\n        {DRAW}"},
     ),
     "A and B are Gaussian": (
         KAIMING,
@@ -423,46 +412,31 @@ MUTATIONS = {
     "the width is of the other side": (KAIMING, {"sqrt(shape[1])": "sqrt(shape[0])"}),
     "the draw heeds the default dtype": (DEFAULT, {"dtype=torch.float32, ": ""}),
     "the draw heeds the default device": (DEFAULT, {', device="cpu"': ""}),
-    "the rank is one too many": (RANK, {SHAPES: "((r := r + 1, n_in), (n_out, r))"}),
+    "the rank is one too many": (
+        RANK,
+        {"A = draw(r, n_in)": "A = draw(r := r + 1, n_in)"},
+    ),
     "d starts at one": (STARTS, {"(A[:, 0], 0.1)": "(A[:, 0], 1.0)"}),
-    "b starts at one": (STARTS, {"A.new_zeros(": "A.new_ones("}),
+    "b starts at one": (STARTS, {"torch.zeros_like(B": "torch.ones_like(B"}),
     "d starts at zero too": (FIRST, {"(A[:, 0], 0.1)": "(A[:, 0], 0.0)"}),
     "the answer is in float32": (IN_16_BITS, {RETURN: RETURN[: -len(".to(y.dtype)")]}),
-    "merging forgets d": (MERGED, {CHANGE: "(m.vera_b[:, None] * B) @ A"}),
-    "merging forgets b": (MERGED, {CHANGE: "(B * m.vera_d) @ A"}),
-    "merging adds nothing": (RANK, {SUM: "base.weight.clone()"}),
+    "merging forgets d": (MERGED, {CHANGE: "(self.vera_b[:, None] * B) @ A"}),
+    "merging forgets b": (MERGED, {CHANGE: "(B * self.vera_d) @ A"}),
+    "merging adds nothing": (RANK, {f"return W + {CHANGE}": "return W"}),
     "merging forgets to cut A and B": (
         MERGED,
         {
-            "A, B = m.slices()\n        delta": (
-                "A, B = m.vera_A, m.vera_B\n        delta"
-            )
+            "A, B = self.slices()\n        W": "A, B = self.vera_A, self.vera_B\n"
+            "        W"
         },
     ),
-    "a Conv1D is merged untransposed": (MERGED, {TURN: "pass"}),
     "merging rounds twice": (
         test_merging_takes_a_16_bit_base_once_to_its_own_precision,
-        {SUM: "base.weight + delta.to(base.weight.dtype)"},
-    ),
-    "merging writes into a tied weight": (
-        every.test_a_tied_weight_is_left_alone,
-        {f"base.weight = nn.Parameter({SUM}, False)": "base.weight.data += delta"},
-    ),
-    "merging leaves the wrappers": (
-        every.test_merging_leaves_plain_frozen_layers,
-        {"_replace(model, layers)": "pass"},
+        {CHANGE: f"({CHANGE}).to(W.dtype)"},
     ),
     "merging stops at a packed weight half-way": (
         test_merging_refuses_a_packed_weight_before_the_first_layer,
-        {'hasattr(base.weight, "quant_state") or not': "False and not"},
-    ),
-    "the base is not frozen": (
-        ONLY,
-        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
-    ),
-    "the base trains along": (
-        every.test_frozen_weights_are_bit_identical_after_training,
-        {"_replace(model.requires_grad_(False), ": "_replace(model, "},
+        {"if _is_packed(layer.weight):": "if False:"},
     ),
     "the state dict leaves d out": (ONLY, {'("vera_d", "vera_b")': '("vera_b",)'}),
     "the state dict holds A and B": (
@@ -473,51 +447,12 @@ MUTATIONS = {
         every.test_the_state_dict_goes_round,
         {"t.copy_(tensors[name])": 'name[-1] == "b" and t.copy_(tensors[name])'},
     ),
-    "loading is not strict": (
-        STRICT,
-        {
-            "if got != want or name not in own:": "if name in tensors and name in own"
-            " and got != want:",
-            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
-        },
-    ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"own.keys() | tensors.keys()": "own.keys()"},
-    ),
-    "new layers are in train mode": (
-        every.test_the_new_layers_are_in_the_models_mode,
-        {".train(m.training)": ""},
-    ),
-    "one parent of two is wrapped": (
-        every.test_a_linear_with_two_parents_is_wrapped_once_and_merged_once,
-        {"swaps.get(child, child)": "swaps.pop(child, child)"},
-    ),
     "A and B stay behind when the model is moved": (
         every.test_a_model_can_be_moved_to_another_precision,
-        {
-            KEPT: "self.pair = A, B",
-            "self.vera_A[": "self.pair[0][",
-            "self.vera_B[": "self.pair[1][",
-        },
+        {"if owner:": "if False:"},
     ),
     "A and B are on the CPU": (
         every.test_a_model_on_the_meta_device_gets_the_same_shapes,
-        {"device=w.device, ": ""},
-    ),
-    "a half-wrong target list is accepted": (
-        every.test_a_half_wrong_target_list_is_refused,
-        {
-            "if lost := [": "if len(targets) == len(lost := [",
-            "for p in linears)]:": "for p in linears)]):",
-        },
-    ),
-    "fused experts are passed over": (
-        every.test_fused_experts_are_refused_by_their_share,
-        {'"expert" in n and d == 3': "False"},
-    ),
-    "VeRA goes on VeRA": (
-        every.test_adding_twice_is_refused,
-        {"any(isinstance(m, VeRALinear) for m in model.modules())": "False"},
+        {"t.to(**like) for t": "t for t"},
     ),
 }
