@@ -56,7 +56,7 @@ for name, (folder, guarded, script) in json.load(sys.stdin).items():
     if guarded:
         sys.meta_path.insert(0, Guard(["mine", name]))
     try:
-        exec(script, {"torch": torch})
+        exec(script, {"torch": torch, "sys": sys})
         outcome = ""
     except BaseException:
         outcome = traceback.format_exc()
