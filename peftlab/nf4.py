@@ -1,12 +1,29 @@
-r"""NF4 and other 4-bit types: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3.
+r"""NF4 and other types of 4 bits: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
 
-A block of 64 weights keeps its largest magnitude, the absmax $c$, and for each weight
-$w$ the index $i$ of the nearest of 16 values to $w/c$: $w \approx c\,\mathrm{code}_i$.
+Weights are packed in blocks of 64 (section 3). A block stores its largest magnitude,
+the absmax $c$. Each of its weights $w$ stores 4 bits: the index $i$ of the value
+nearest to $w / c$ among 16 values from -1 to 1, which are called the code:
 
-Double quantization packs the absmax too, less their mean, in blocks of 256, to an 8-bit
-type (the library's; the paper has 8-bit floats). It leaves 4.127 of 4.5 bits a weight.
-NF4's and FP4's codes and absmax are those of bitsandbytes to the bit, but its CPU looks
-8-bit codes up in 65,536 bins; ours are the nearest. Not here: products of packed data.
+$$ w \approx c \, \mathrm{code}_i $$
+
+An absmax of 32 bits adds half a bit to each of 64 weights. Double quantization packs
+the absmax too: their mean is subtracted, and the rest is stored in blocks of 256, as
+indices of 8 bits. That leaves 4.127 of 4.5 bits a weight.
+
+| symbol | shape | in code |
+|---|---|---|
+| the 16 values | (16,), float32 | `code`: `NF4`, `FP4`, `INT4` or your own |
+| $i$ | (n / 2, 1), uint8 | `codes`, two weights in a byte |
+| $c$ | (blocks,), float32 | `absmax` |
+| $c$, doubly quantized | (blocks,), uint8 | `absmax`, indices into `DYNAMIC` |
+| their absmax | (blocks / 256,), float32 | `nested_absmax` |
+| their mean | (), float32 | `offset` |
+
+The codes and absmax of NF4 and FP4 are those of bitsandbytes to the bit. Two things
+differ. The paper stores an absmax as an 8-bit float; we take the 8-bit type that
+bitsandbytes has. And on the CPU bitsandbytes finds the 8-bit index in a table of 65,536
+bins, which sometimes misses the nearest value; ours is the nearest. Not here: products
+that read the 4 bits directly. A weight is unpacked, used and thrown away.
 """
 
 from types import SimpleNamespace
@@ -15,153 +32,386 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import surgery
+
+CHUNK = 2**19  # weights that go through at once: so many fit into a processor's cache
+TINY = 1e-38  # the least divisor, so that a block of zeros is not divided by zero
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CPU = dict(dtype=torch.float32, device="cpu")  # whatever torch's defaults are
-# Normal quantiles at even steps of probability from 0.9677083, 1 - (1/32 + 1/30) / 2,
-# to a half: 8 above zero, 7 below, and zero. Divided by the largest.
-up, down = (torch.linspace(0.9677083, 0.5, n, **CPU).double() for n in (9, 8))
-NF4 = torch.special.ndtri(torch.cat([1 - down[:-1], up.flip(0)])).float()
-NF4 = NF4 / NF4[-1]
-# By bit pattern: sign, two bits of exponent, one of mantissa; 1/16 is subnormal.
-FP4 = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3], **CPU) / 12
-FP4 = torch.cat([FP4, 0 - FP4])  # zero comes twice, as in the library not as -0
-INT4 = torch.tensor([*range(-7, 1), *range(8)], **CPU) / 7  # evenly spaced
-# 8 bits (2110.02861, section 1.3): the middles of 2**e equal parts of 0.1 to 1, times
-# 10**(e - 6), for e from 0 to 6; their negatives; 0 and 1.
-cuts = [torch.linspace(0.1, 1, 2**e + 1, **CPU) for e in range(7)]
-parts = torch.cat([10.0 ** (e - 6) * (x[:-1] + x[1:]) / 2 for e, x in enumerate(cuts)])
-DYNAMIC = torch.cat([parts, -parts, torch.arange(2, **CPU)]).sort()[0]
-CHUNK, TINY = 2**19, 1e-38  # weights that a cache holds; the least divisor
+
+
+# The values
+
+
+def _nf4():
+    """Quantiles of a normal distribution, at even steps of probability.
+
+    Eight lie above zero, seven below, and zero itself is one. The outermost would be at
+    infinity, so the steps end at 0.9677083, which is 1 - (1/32 + 1/30) / 2.
+    """
+    above = torch.linspace(0.9677083, 0.5, 9, **CPU).double()  # the last one is zero's
+    below = torch.linspace(0.9677083, 0.5, 8, **CPU).double()[:-1]
+
+    probabilities = torch.cat([1 - below, above.flip(0)])
+    quantiles = torch.special.ndtri(probabilities).float()
+    return quantiles / quantiles[-1]  # the largest becomes 1
+
+
+def _fp4():
+    """Floats of 4 bits (a sign, two bits of exponent, one of mantissa), over 12.
+
+    The index is the bit pattern, so they are not in order. 1/16 is subnormal, and zero
+    comes twice.
+    """
+    positive = torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3], **CPU) / 12
+    negative = 0 - positive  # unlike -positive it has no -0; bitsandbytes has none
+    return torch.cat([positive, negative])
+
+
+def _int4():
+    """The sevenths from -1 to 1, evenly spaced. Zero comes twice."""
+    return torch.tensor([*range(-7, 1), *range(8)], **CPU) / 7
+
+
+def _dynamic():
+    """The 256 values for an absmax, from -0.993 to 1 (arXiv 2110.02861, section 1.3).
+
+    For each e from 0 to 6 the range from 0.1 to 1 is cut into 2**e equal parts, and
+    their middles are multiplied by 10**(e - 6): 127 values, the large ones with more
+    digits. Their negatives, 0 and 1 complete them.
+    """
+    positive = []
+    for e in range(7):
+        ends = torch.linspace(0.1, 1, 2**e + 1, **CPU)
+        middles = (ends[:-1] + ends[1:]) / 2
+        positive.append(10.0 ** (e - 6) * middles)
+
+    positive = torch.cat(positive)
+    zero_and_one = torch.arange(2, **CPU)
+    return torch.cat([positive, -positive, zero_and_one]).sort().values
+
+
+NF4 = _nf4()
+FP4 = _fp4()
+INT4 = _int4()
+DYNAMIC = _dynamic()
+
+
+# Packing
 
 
 class Packed(nn.Module):
-    """A weight in 4 bits: `codes` (n / 2, 1) uint8, the first of two in the high half;
-    `code` (16,); `absmax` (blocks,), float32 or, doubly quantized, uint8, with
-    `nested_absmax` (blocks / 256,) and `offset` (). `bits()`: what a weight takes."""
+    """A weight in 4 bits, as `quantize` makes it.
+
+    Its buffers are `codes`, `absmax`, `code`, `nested_absmax` and `offset`, as in the
+    table above; the last two are None unless the weight is doubly quantized. `shape`
+    and `dtype` are the weight's.
+    """
+
+    def __init__(self, shape, dtype, blocksize, **buffers):
+        super().__init__()
+        self.shape = shape
+        self.dtype = dtype
+        self.blocksize = blocksize
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
 
     def bits(self):
-        held = sum(t.nbytes for t in self.buffers() if t is not self.code)
-        return 8 * held / self.shape.numel()
+        """The bits that a weight takes, its share of the absmax included."""
+        nbytes = sum(t.nbytes for t in self.buffers() if t is not self.code)
+        return 8 * nbytes / self.shape.numel()
 
-    def _apply(self, fn, recurse=True):  # moves, but a cast must not round the absmax
-        kept = self._buffers.copy()
+    def _apply(self, fn, recurse=True):
+        """Move with the model. A cast of it sets `dtype`, and rounds no absmax."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        cast = [k for k, t in self.named_buffers() if t.dtype != kept[k].dtype]
-        self._buffers |= {k: kept[k].to(self.codes.device) for k in cast}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+
+        for name, tensor in list(self.named_buffers()):
+            if tensor.dtype != before[name].dtype:  # it was cast: take the old one
+                self._buffers[name] = before[name].to(self.codes.device)
+
+        probe = torch.empty(0, dtype=self.dtype, device="cpu")
+        self.dtype = fn(probe).dtype
         return self
 
 
 @torch.no_grad()
 def quantize(weight, blocksize=64, code=NF4, double_quant=False):
-    """Pack a tensor of any shape, of 16- or 32-bit floats, row after row; a `Packed`.
-    blocksize: weights to an absmax, even, up to CHUNK. code: 16 values from -1 to 1.
-    Raises ValueError for any other of these or dtype, no weights, NaN and infinity."""
-    dtype = getattr(weight, "dtype", type(weight))
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"4 bits need a float of 16 or 32 bits, not {dtype}")
-    if type(blocksize) is not int or not 2 <= blocksize <= CHUNK or blocksize % 2:
-        raise ValueError(f"a block size is even, 2 to {CHUNK}, not {blocksize!r}")
-    if not torch.is_tensor(code) or code.shape != (16,) or code.abs().max() != 1:
-        raise ValueError("a code must be 16 values, the largest magnitude being 1")
+    """Pack a tensor, row after row, in blocks that run over the ends of rows.
+
+    Args:
+        weight: a tensor of any shape, float32, bfloat16 or float16. It stays as it is.
+            On the meta device only shapes come out.
+        blocksize: how many weights share an absmax; even, from 2 to `CHUNK`.
+        code: (16,) floats from -1 to 1, the largest magnitude being 1, in any order.
+        double_quant: whether the absmax are packed too.
+
+    Returns:
+        A `Packed`.
+
+    Raises:
+        ValueError: for another dtype or setting, no weights, a sparse tensor, NaN and
+            infinity, and, with double_quant, absmax whose mean overflows.
+    """
+    _check(weight, blocksize, code, double_quant)
+
+    piece = CHUNK // blocksize * blocksize
+    if weight.is_meta:
+        piece = weight.numel()
+    indices, absmax = [], []
+    for x in weight.reshape(-1).split(piece):
+        nearest, largest = _nearest(x, blocksize, code)
+        indices.append(nearest)
+        absmax.append(largest)
+    indices = torch.cat(indices)
+    absmax = torch.cat(absmax)
+    _check_finite("a weight", absmax)
+
     n = weight.numel()
-    piece = n if weight.is_meta else CHUNK // blocksize * blocksize
-    parts = [_nearest(x, blocksize, code) for x in weight.reshape(-1).split(piece or 1)]
-    near, absmax = map(torch.cat, zip(*parts, strict=True))
-    whole = absmax.mean() if double_quant else absmax  # a mean may overflow
-    if not n or not (whole.is_meta or whole.isfinite().all()):
-        raise ValueError("there must be weights, none NaN or infinite, nor their mean")
-    codes, nested = (near[:n:2] << 4 | near[1 : n + 1 : 2])[:, None], None
-    if double_quant:  # c becomes DYNAMIC[absmax] * nested_absmax + offset
-        near, nested = _nearest(absmax - whole, 256, DYNAMIC)
-        absmax = near[: len(absmax)].clone()  # not a view of the padding
-    q, code = Packed(), code.to(weight.device, torch.float32, copy=True)
-    q.blocksize, q.shape, q.dtype = blocksize, weight.shape, dtype
-    q._buffers |= dict(codes=codes, absmax=absmax, code=code, nested_absmax=nested)
-    q._buffers["offset"] = whole if double_quant else None
-    return q
+    high = indices[:n:2]
+    low = indices[1 : n + 1 : 2]  # the last one, where n is odd, belongs to a padding
+    codes = (high << 4 | low)[:, None]  # (n / 2, 1)
+
+    nested_absmax = offset = None
+    if double_quant:
+        absmax, nested_absmax, offset = _quantize_absmax(absmax)
+    return Packed(
+        weight.shape,
+        weight.dtype,
+        blocksize,
+        codes=codes,
+        absmax=absmax,
+        code=code.to(weight.device, torch.float32, copy=True),
+        nested_absmax=nested_absmax,
+        offset=offset,
+    )
 
 
-def _nearest(x, size, code):  # (n,), blocks of size -> indices (n + padding,), absmax
-    rows = nn.functional.pad(x, (0, -len(x) % size)).view(-1, size).float()
+def _nearest(x, size, code):
+    """For each number of x over its block's absmax, the index of the nearest value.
+
+    x is (n,), the last block is filled with zeros to its size. Returns the indices
+    (blocks * size,), uint8, of the zeros too, and the absmax (blocks,), float32.
+    """
+    padding = -len(x) % size
+    rows = nn.functional.pad(x, (0, padding)).view(-1, size).float()
     absmax = rows.abs().amax(1)
-    if x.is_meta:  # no numbers to compare, only shapes
-        return rows.new_empty(rows.numel(), dtype=torch.uint8), absmax
-    y = rows * (1 / absmax.clamp(TINY))[:, None]
-    if len(x) % size:  # a partial block: as the library, TINY stays, and it divides
-        y[-1] = rows[-1] / absmax[-1].clamp_(TINY)
-    levels, order = code.float().sort(stable=True)
-    near, above = torch.zeros_like(y), torch.empty_like(y)  # floats are quickest
-    for bound in ((levels[1:] + levels[:-1]) / 2).tolist():
-        near += torch.gt(y, bound, out=above)  # the index: the midpoints below
-    return order.to(x.device, torch.uint8).take(near.long()).view(-1), absmax
+    if x.is_meta:  # there are no numbers to compare
+        return torch.empty_like(rows, dtype=torch.uint8).view(-1), absmax
+
+    scaled = rows * (1 / absmax.clamp(TINY))[:, None]
+    if padding:  # in a partial block bitsandbytes divides, and stores TINY for a zero
+        absmax[-1].clamp_(TINY)
+        scaled[-1] = rows[-1] / absmax[-1]
+
+    # The nearest value's rank is the number of midpoints below. A loop over midpoints
+    # that adds floats is several times as quick as torch.bucketize.
+    values, order = code.float().sort(stable=True)
+    midpoints = (values[1:] + values[:-1]) / 2
+    rank = torch.zeros_like(scaled)
+    is_above = torch.empty_like(scaled)
+    for midpoint in midpoints.tolist():
+        rank += torch.gt(scaled, midpoint, out=is_above)
+
+    indices = order.to(x.device, torch.uint8).take(rank.long())
+    return indices.view(-1), absmax
+
+
+# Unpacking
 
 
 def dequantize(q, dtype=None):
-    """The weight of a `Packed` or NF4Linear, in its shape, in `dtype` or its own."""
-    absmax, codes, n = q.absmax, q.codes.view(-1), len(q.absmax)
-    if q.offset is not None:
-        nested = q.nested_absmax.repeat_interleave(256)[:n]
-        absmax = DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset
-    if short := n * q.blocksize // 2 - len(codes):
-        codes = nn.functional.pad(codes, (0, short))
-    rows, absmax = codes.view(n, -1), absmax[:, None]
-    pairs = torch.cartesian_prod(q.code, q.code)  # (256, 2), a byte's two values
-    if torch.compiler.is_compiling():  # one loop; run eagerly, the other is quicker
-        out = (pairs[rows.int()] * absmax[:, None]).to(dtype or q.dtype)
+    """Unpack a weight: code[index] * absmax, in float32, then rounded once.
+
+    Args:
+        q: a `Packed`, or an `NF4Linear`, which is one.
+        dtype: a dtype of floats of at least 16 bits, None for the weight's own.
+
+    Returns:
+        A tensor of the weight's shape.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(q, Packed | SimpleNamespace):  # the latter is NF4Linear's
+        raise ValueError(f"dequantize takes what quantize made, not {type(q).__name__}")
+    _check_float("dtype", dtype)
+    dtype = dtype or q.dtype
+
+    absmax = q.absmax if q.offset is None else _dequantize_absmax(q)  # (blocks,)
+    blocks = len(absmax)
+    codes = q.codes.view(-1)
+    missing = blocks * q.blocksize // 2 - len(codes)  # of a partial block
+    if missing:
+        codes = nn.functional.pad(codes, (0, missing))
+    rows = codes.view(blocks, -1)  # (blocks, blocksize / 2)
+    pairs = torch.cartesian_prod(q.code, q.code)  # (256, 2), the two values of a byte
+
+    if torch.compiler.is_compiling():  # it makes one loop of this
+        out = (pairs[rows.int()] * absmax[:, None, None]).to(dtype)
     else:
-        out = absmax.new_empty(n, q.blocksize, dtype=dtype or q.dtype)
-        step, pairs = CHUNK // q.blocksize, pairs.view(torch.int64).T
-        for r, c, o in zip(*(x.split(step) for x in (rows, absmax, out)), strict=True):
-            x = o.view(torch.int64) if out.dtype == torch.float32 else None
-            x = torch.gather(pairs.expand(len(r), 256), 1, r.long(), out=x)
-            torch.mul(x.view(torch.float32), c, out=o)
-    return out.view(-1)[: q.shape.numel()].view(q.shape)
+        out = absmax.new_empty(blocks, q.blocksize, dtype=dtype)
+        step = CHUNK // q.blocksize
+        tensors = [t.split(step) for t in (out, rows, absmax)]
+        for piece in zip(*tensors, strict=True):
+            _unpack_into(*piece, pairs)
+
+    n = q.shape.numel()
+    return out.view(-1)[:n].view(q.shape)
 
 
-class _Multiply(torch.autograd.Function):  # it never keeps the unpacked W
+def _unpack_into(out, rows, absmax, pairs):
+    """Write pairs[rows] * absmax into out, (blocks, blocksize).
+
+    The two float32 of a pair are looked up at once, as one number of 8 bytes.
+    """
+    table = pairs.view(torch.int64).T.expand(len(rows), 256)
+    values = out.view(torch.int64) if out.dtype == torch.float32 else None
+    values = torch.gather(table, 1, rows.long(), out=values)
+    torch.mul(values.view(torch.float32), absmax[:, None], out=out)
+
+
+# Double quantization
+
+
+def _quantize_absmax(absmax):
+    """(blocks,) float32 -> indices (blocks,) uint8, nested_absmax, offset."""
+    offset = absmax.mean()
+    _check_finite("the mean of the absmax", offset)
+    indices, nested_absmax = _nearest(absmax - offset, 256, DYNAMIC)
+    indices = indices[: len(absmax)].clone()  # not a view of the padding too
+    return indices, nested_absmax, offset
+
+
+def _dequantize_absmax(q):
+    """DYNAMIC[index] * nested_absmax + offset, (blocks,) float32."""
+    values = DYNAMIC.to(q.absmax.device)[q.absmax.int()]
+    nested_absmax = q.nested_absmax.repeat_interleave(256)[: len(values)]
+    return values * nested_absmax + q.offset
+
+
+# The layer
+
+
+class NF4Linear(Packed):
+    """A frozen linear layer whose weight, (out, in), is packed.
+
+    It answers in its input's dtype. The bias is the base's own parameter. The gradient
+    with respect to x passes through the unpacked weight; the packed one has none.
+
+    Args:
+        base: an nn.Linear, or GPT-2's Conv1D. Its weight stays as it is.
+        blocksize: as in `quantize`.
+        double_quant: as in `quantize`.
+        compute_dtype: the dtype of the product, None for the input's.
+        code: as in `quantize`.
+
+    Raises:
+        ValueError: for another layer, such as one that is packed or pruned or computes
+            more than W x + b, and for what `quantize` refuses.
+    """
+
+    def __init__(
+        self, base, blocksize=64, double_quant=False, compute_dtype=None, code=NF4
+    ):
+        _check_base(base)
+        _check_float("compute_dtype", compute_dtype)
+        packed = quantize(surgery.weight(base), blocksize, code, double_quant)
+
+        super().__init__(
+            packed.shape, packed.dtype, packed.blocksize, **packed._buffers
+        )
+        self.out_features, self.in_features = packed.shape
+        self.bias = base.bias
+        self.compute_dtype = compute_dtype
+        self.kind = type(base)  # what a merge makes of it again
+        self.training = base.training
+
+    @property
+    def weight(self):
+        """W, (out, in), unpacked at each reading, with the mark of a packed weight."""
+        W = dequantize(self)
+        W.quant_state = True  # merges refuse to write into what has it
+        return W
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"the input must be floats (..., {self.in_features}), not {x.dtype}"
+                f" {(*x.shape,)}"
+            )
+        y = x.to(self.compute_dtype or x.dtype)
+
+        if torch.compiler.is_compiling():  # a trace of _Product would keep W
+            y = checkpoint(_multiply, y, self, use_reentrant=False)
+        else:  # by their names now: buffers may be swapped or moved before backward
+            q = SimpleNamespace(
+                shape=self.shape, blocksize=self.blocksize, **self._buffers
+            )
+            y = _Product.apply(y, q)
+
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.to(x.dtype)
+
+
+def _multiply(x, q):
+    return x @ dequantize(q, x.dtype).T
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, which unpacks W again on the way back instead of keeping it."""
+
     @staticmethod
     def forward(ctx, x, q):
-        ctx.q, ctx.dtype = q, x.dtype
-        return x @ dequantize(q, x.dtype).T
+        ctx.q = q
+        ctx.dtype = x.dtype
+        return _multiply(x, q)
 
     @staticmethod
     def backward(ctx, grad):
         return grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None
 
 
-class NF4Linear(Packed):
-    """A frozen linear or Conv1D with its weight (out, in) packed, its bias as it was.
-    compute_dtype: of the product, None for the input's, which the output has too.
-    Raises ValueError for another layer, and as `quantize` does."""
+# What cannot be
 
-    def __init__(self, base, blocksize=64, double_quant=False, compute_dtype=None,
-                 code=NF4):  # fmt: skip
-        super().__init__()
-        conv = type(base).__name__ == "Conv1D"  # GPT-2's keeps its weight as (in, out)
-        weight = getattr(base, "_parameters", {}).get("weight")
-        linear = (conv or hasattr(base, "in_features")) and weight is not None
-        if not linear or hasattr(weight, "quant_state"):
-            raise ValueError(f"a plain linear can be packed, not {type(base).__name__}")
-        if not getattr(compute_dtype or torch.half, "is_floating_point", False):
-            raise ValueError(f"compute_dtype: a float or None, not {compute_dtype!r}")
-        q = quantize(weight.T if conv else weight, blocksize, code, double_quant)
-        vars(self).update(vars(q))  # now it is this `Packed`
-        (self.out_features, self.in_features), self.training = q.shape, base.training
-        self.bias, self.compute_dtype, self.kind = base.bias, compute_dtype, type(base)
 
-    @property
-    def weight(self):  # unpacked at each reading; merges refuse what has the mark
-        weight = dequantize(self)
-        weight.quant_state = True
-        return weight
+def _check(weight, blocksize, code, double_quant):
+    """ValueError for what `quantize` cannot pack."""
+    if not torch.is_tensor(weight) or weight.dtype not in FLOATS:
+        what = getattr(weight, "dtype", type(weight).__name__)
+        raise ValueError(f"4 bits need a float of 16 or 32 bits, not {what}")
+    if weight.layout != torch.strided or not weight.numel():
+        raise ValueError("4 bits need weights in a dense tensor that is not empty")
 
-    def forward(self, x):  # (..., in) -> (..., out)
-        if not x.is_floating_point():
-            raise ValueError(f"the input must be floats, not {x.dtype}")
-        y = x.to(self.compute_dtype or x.dtype)
-        if torch.compiler.is_compiling():  # a trace of _Multiply would keep W
-            product = lambda x: x @ dequantize(self, x.dtype).T  # noqa: E731
-            y = checkpoint(product, y, use_reentrant=False)
-        else:  # a copy: buffers may be swapped or moved before the way back
-            y = _Multiply.apply(y, SimpleNamespace(**vars(self), **self._buffers))
-        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+    surgery.check_whole("the block size", blocksize, 2, CHUNK + 1)
+    if blocksize % 2:
+        raise ValueError(f"the block size must be even, not {blocksize}")
+    surgery.check_flag("double_quant", double_quant)
+
+    floats = torch.is_tensor(code) and code.is_floating_point()
+    if not floats or code.shape != (16,) or code.is_meta and not weight.is_meta:
+        raise ValueError("a code must be 16 values, a tensor of floats")
+    if not code.is_meta and code.float().abs().max() != 1:
+        raise ValueError("a code must be 16 values, the largest magnitude being 1")
+
+
+def _check_finite(what, t):
+    if not t.is_meta and not t.isfinite().all():
+        raise ValueError(f"{what} is NaN or infinite: it cannot be packed")
+
+
+def _check_float(what, dtype):
+    if dtype is not None and dtype not in (*FLOATS, torch.float64):
+        raise ValueError(f"{what}: a float of 16 bits or more, or None, not {dtype!r}")
+
+
+def _check_base(base):
+    """ValueError unless the layer is W x + b with a weight and a bias of its own."""
+    W = getattr(base, "_parameters", {}).get("weight")
+    if W is None or surgery.shape(base) is None or hasattr(W, "quant_state"):
+        raise ValueError(f"a plain linear can be packed, not {type(base).__name__}")
+    if not surgery.is_plain(base):
+        raise ValueError(f"a {type(base).__name__} computes more than W x + b")
+    if base._forward_hooks or base._forward_pre_hooks:
+        raise ValueError("the linear has forward hooks, which packing would drop")
