@@ -1,5 +1,6 @@
 """The built book and the files that point at each other, checked offline."""
 
+import ast
 import copy
 import json
 import re
@@ -174,6 +175,31 @@ def test_a_reference_page_shows_its_file_and_its_chapter(doc):
     assert any(wanted in a["href"] for a in back.select("article a[href]")), (
         f"{chapters[0]} does not link back: write [{name}.py](../peftlab/{name}.py)"
     )
+
+
+def documented(docstring):
+    """The names in the Args of a Google-style docstring."""
+    args = re.search(r"^Args:\n((?: {4}.*\n?|\n)*)", docstring, re.MULTILINE)
+    lines = re.findall(
+        r"^ {4}([\w*, ]+):(?= |$)", args[1] if args else "", re.MULTILINE
+    )
+    return [name.strip("* ") for line in lines for name in line.split(",")]
+
+
+@pytest.mark.parametrize("doc", REFERENCES)
+def test_every_argument_is_said_and_shown_as_a_list(doc):
+    page, name = HTML / f"{doc}.html", Path(doc).name
+    tree = ast.parse((ROOT / "peftlab" / f"{name}.py").read_text("utf8"))
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or node.name[0] == "_":
+            continue
+        names = documented(ast.get_docstring(node) or "")
+        if not names:
+            continue
+        assert names == [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+        entry = soup(page).find(id=f"{name}.{node.name}").find_next_sibling("dd")
+        shown = ", ".join(dt.get_text() for dt in entry.select(".docstring dl dl dt"))
+        assert shown.startswith(", ".join(names)), f"{node.name}: {shown}; rebuild"
 
 
 def test_every_reference_file_has_a_page():
