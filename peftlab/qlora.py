@@ -1,7 +1,7 @@
 r"""QLoRA: LoRA over a base in 4 bits, Dettmers et al. 2023, arXiv 2305.14314, eq. 5, 6.
 
-Every linear but the output head is packed to NF4, doubly quantized, and frozen; LoRA
-goes beside those that are targeted, as in `lora`:
+Every linear layer but the output head is packed to NF4, doubly quantized, and frozen.
+LoRA goes beside those that are targeted, as in `lora`:
 
 $$ y = \mathrm{dequant}(W^{\mathrm{NF4}})\,x + s\,B A x $$
 
@@ -11,20 +11,18 @@ $$ y = \mathrm{dequant}(W^{\mathrm{NF4}})\,x + s\,B A x $$
 | its product with $x$ | (..., out) | `compute_dtype` | bfloat16 |
 | $A$, $B$ | (r, in), (out, r) | `lora_A`, `lora_B` | float32 (eq. 5: bfloat16) |
 
-The gradient of A and B passes through the unpacked weight of the layers above. W is
-unpacked where it is needed, in both directions, and only one is there at a time.
-Embeddings, norms and the head stay in the dtype that they have: load the model in 16
-bits. peft's `prepare_model_for_kbit_training` makes them float32; that is not here, nor
-are paged optimizers. For saving: `peft_files.save`, which writes A and B, or
-`bnb_files.packed_state_dict` for the base in bitsandbytes' form.
+The gradient of A and B passes through the unpacked weights of the layers above. A
+weight is unpacked where it is needed, in both directions, and only one is there at a
+time. Embeddings, norms and the head stay in the dtype that they have: load the model in
+16 bits. peft's `prepare_model_for_kbit_training` makes them float32; that is not here,
+nor are paged optimizers. To save: `peft_files.save` writes A and B,
+`bnb_files.packed_state_dict` gives the base in bitsandbytes' form.
 """
 
 import torch
 from torch import nn
 
 from . import lora, nf4, surgery
-
-state_dict, load_state_dict = lora.state_dict, lora.load_state_dict  # of A and B
 
 
 def add(
@@ -40,21 +38,46 @@ def add(
     blocksize=64,
     code=nf4.NF4,
 ):
-    """Pack every linear of `model` but its head, put LoRA beside the targets, in place;
-    return it. targets say where LoRA goes; r, alpha, dropout, bias and rslora are
-    `lora.add`'s; blocksize, code and double_quant are `nf4.quantize`'s. compute_dtype:
-    what weights are unpacked to for a product, None for the input's; on a CPU without
-    AVX512 float32 is many times quicker. Raises ValueError, the model unchanged, for
-    what `lora.add` or `nf4.NF4Linear` refuses, a base packed already too (`lora.add`
-    takes that). While it works both bases are in memory."""
-    settings = blocksize, double_quant, compute_dtype, code
+    """Pack every linear of `model` but its head, and put LoRA beside the targets.
+
+    While it works both bases are in memory.
+
+    Args:
+        model: any module, in 16 or 32 bits.
+        targets: where LoRA goes, as in `lora.add`. All else is packed too.
+        r: the rank.
+        alpha: the change is scaled by alpha / r, with `rslora` by alpha / sqrt(r).
+        double_quant: as in `nf4.quantize`.
+        compute_dtype: what weights are unpacked to for a product, None for the input's
+            dtype. On a CPU without AVX512 float32 is many times quicker.
+        dropout: as in `lora.add`.
+        bias: as in `lora.add`.
+        rslora: as in `lora.add`.
+        blocksize: as in `nf4.quantize`.
+        code: as in `nf4.quantize`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, for what `lora.add` or `nf4.NF4Linear` refuses.
+            A base that is packed already is one for `lora.add`.
+    """
+    surgery.refuse_carried(model)
     linears = surgery.select(model, "all-linear")
-    packed, paths = {}, {m: path for path, m in model.named_modules()}
-    for m in linears:
+    paths = {layer: path for path, layer in model.named_modules()}
+
+    packed = {}
+    for layer in linears:
         try:
-            packed[m] = nf4.NF4Linear(m, *settings)
+            packed[layer] = nf4.NF4Linear(
+                layer, blocksize, double_quant, compute_dtype, code
+            )
         except ValueError as error:
-            raise ValueError(f"{paths[m]}: {error}") from None
+            raise ValueError(f"{paths[layer]}: {error}") from None
+
+    if targets == "all-linear":  # the same layers, without a second warning
+        targets = surgery.Exactly(paths[layer] for layer in linears)
     lora.add(model, targets, r, alpha, dropout, bias, rslora)
     surgery.swap(model, packed)
     return model
@@ -62,52 +85,115 @@ def add(
 
 @torch.no_grad()
 def merge(model, bits=16):
-    """Fold s B A into the base, and return the model, frozen.
+    """Fold s B A into the base, and take LoRA off.
 
-    bits=16: plain layers again, all of them, in the dtype from before. The sum is taken
-    in float32 and rounded once, and that is the error. bits=4: where there is LoRA the
-    sum is packed anew, as the base was. That rounds it to 16 levels again, and a change
-    that is small beside the gaps between them is lost. A head that is a target was not
-    packed, and stays plain. Raises ValueError, the model unchanged, for other bits, a
-    model without QLoRA, and a sum that is NaN or past what the dtype holds."""
-    if bits not in (4, 16):
-        raise ValueError(f"merge into 16 bits or into 4, not {bits!r}")
-    state_dict(model)  # raises where there is no LoRA
-    tuned = {m: m.base for m in model.modules() if isinstance(m, lora.LoRALinear)}
-    packed = {m: b for m, b in tuned.items() if isinstance(b, nf4.NF4Linear)}
+    With 16 bits all packed layers become plain again, in the dtype from before. The sum
+    is taken in float32 and rounded once; that is the only error. With 4 bits the sum is
+    packed anew where there is LoRA, as the base was. That rounds to 16 levels again,
+    and a change that is small beside the gaps between them is lost. A head that is a
+    target was not packed, and stays plain.
+
+    Args:
+        model: one that carries QLoRA.
+        bits: 16 or 4.
+
+    Returns:
+        The same model, frozen.
+
+    Raises:
+        ValueError: the model unchanged, for other bits, a model without QLoRA, a head
+            that cannot be written, and a sum that is NaN or infinite in its dtype.
+    """
+    if type(bits) is not int or bits not in (4, 16):
+        raise ValueError(f"merge into 16 bits or into 4, not {bits!r:.60}")
+    wrappers = surgery.wrappers(model, lora.LoRALinear)
+    is_packed = {
+        path: isinstance(m.base, nf4.NF4Linear) for path, m in wrappers.items()
+    }
+    packed = {path: m for path, m in wrappers.items() if is_packed[path]}
+    heads = {path: m for path, m in wrappers.items() if not is_packed[path]}
     if not packed:
         raise ValueError("no base under this LoRA is packed: lora.merge is for it")
-    new = dict(tuned)
-    for m, base in packed.items():
+
+    # First the new layers, which checks every sum; then the model changes.
+    surgery.refuse_unwritable(
+        [m.base for m in heads.values()], "QLoRA cannot be merged into"
+    )
+    for path, m in heads.items():
+        surgery.check_fits(path, m.folded(), m.base.weight.dtype)
+
+    new_layers = {m: m.base for m in heads.values()}
+    for path, m in packed.items():
+        base = m.base
         delta = m.scaling * (m.lora_B @ m.lora_A)  # (out, in)
-        weight = nf4.dequantize(base, torch.float32) + delta
-        if not (weight.is_meta or weight.to(base.dtype).isfinite().all()):
-            raise ValueError(f"a merged weight is NaN or too large for {base.dtype}")
-        new[m] = _pack(base, weight) if bits == 4 else _plain(base, weight, base.dtype)
-    if bits == 16:
-        others = {m for m in model.modules() if isinstance(m, nf4.NF4Linear)}
-        for base in others - {*tuned.values()}:
-            new[base] = _plain(base, nf4.dequantize(base), base.dtype)
-    if plain := [m for m in tuned if m not in packed]:  # merged in place, and it may
-        lora.merge(nn.ModuleList(plain))  # refuse: so nothing is swapped before
-    surgery.swap(model, new)
+        W = nf4.dequantize(base, torch.float32) + delta
+        surgery.check_fits(path, W, base.dtype)
+        new_layers[m] = _pack(base, W) if bits == 4 else _plain(base, W, base.dtype)
+
+    if bits == 16:  # those without LoRA too
+        bases = [m.base for m in packed.values()]
+        for layer in model.modules():
+            if isinstance(layer, nf4.NF4Linear) and layer not in bases:
+                new_layers[layer] = _plain(layer, nf4.dequantize(layer), layer.dtype)
+
+    for m in heads.values():
+        surgery.set_weight(m.base, m.folded())
+    surgery.swap(model, new_layers)
     return model.requires_grad_(False)
 
 
-def _pack(base, weight):
-    """The packed layer with another weight (out, in), which is rounded only here."""
-    settings = base.blocksize, base.offset is not None, base.compute_dtype, base.code
-    layer = nf4.NF4Linear(_plain(base, weight, torch.float32), *settings)
+def state_dict(model, keep_vars=False):
+    """Name all that trains, which is LoRA's; the packed base stays out.
+
+    Args:
+        model: one that carries QLoRA.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}, as `lora.state_dict`.
+
+    Raises:
+        ValueError: without LoRA.
+    """
+    return lora.state_dict(model, keep_vars)
+
+
+def load_state_dict(model, tensors):
+    """Copy tensors into the model's LoRA, as `lora.load_state_dict`.
+
+    Args:
+        model: one that carries QLoRA.
+        tensors: {name: tensor} as `state_dict` gives them.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape, and
+            what is no tensor of finite floats.
+    """
+    lora.load_state_dict(model, tensors)
+
+
+def _pack(base, W):
+    """The packed layer with the weight W, (out, in), which is rounded only here."""
+    layer = nf4.NF4Linear(
+        _plain(base, W, torch.float32),
+        blocksize=base.blocksize,
+        double_quant=base.offset is not None,
+        compute_dtype=base.compute_dtype,
+        code=base.code,
+    )
     layer.dtype = base.dtype
+    layer.kind = base.kind
     return layer
 
 
-def _plain(packed, weight, dtype):
-    """The layer that was packed, with another weight (out, in)."""
-    conv = packed.kind.__name__ == "Conv1D"
-    kind = packed.kind if conv else lambda n_out, n_in: nn.Linear(n_in, n_out)
-    with torch.device("meta"):
-        layer = kind(*weight.shape)
-    weight = (weight.T if conv else weight).to(dtype).contiguous()
-    layer.weight, layer.bias = nn.Parameter(weight, False), packed.bias
+def _plain(packed, W, dtype):
+    """The layer that was packed, with the weight W, (out, in)."""
+    n_out, n_in = W.shape
+    is_conv1d = packed.kind.__name__ == "Conv1D"
+    with torch.device("meta"):  # its own random weight is not needed
+        layer = packed.kind(n_out, n_in) if is_conv1d else nn.Linear(n_in, n_out)
+
+    W = W.T if is_conv1d else W
+    layer.weight = nn.Parameter(W.to(dtype).contiguous(), requires_grad=False)
+    layer.bias = packed.bias
     return layer.train(packed.training)
