@@ -13,7 +13,7 @@ from experiments.paper_tables.notes import NOTES, PAGE
 from experiments.paper_tables.rows import GROUPS, OPEN
 from peftlab.kit import measure
 
-FILE = Path(__file__).parents[1] / "book" / "paper_tables.md"
+FILE = Path(__file__).parents[2] / "book" / "paper_tables.md"
 UNITS = {"": 1, "×": 1, "%": Fraction(1, 100), "K": 10**3, "M": 10**6, "B": 10**9}
 PRINTED = re.compile(r"(?P<whole>[\d,]+)(?:\.(?P<part>\d+))?(?P<unit>[KMB%×]?)")
 

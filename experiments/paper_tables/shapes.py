@@ -4,7 +4,7 @@ What a config does not say is the class's default, which is the published model'
 
 from transformers import DebertaV2Config, GPT2Config, LlamaConfig
 
-from peftlab.kit import memory
+from peftlab import memory
 
 
 def shape(name):

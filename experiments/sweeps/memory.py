@@ -2,7 +2,7 @@
 
 A cell is a shape, a method and a setting. A real model is built and makes two steps;
 the second finds the optimizer with its state. Measured are the bytes of the model, and
-the highest point above them that torch's allocator reports. `kit.memory` predicts the
+the highest point above them that torch's allocator reports. `peftlab.memory` predicts the
 same from the shape alone. About ten minutes on one core with AVX512; much longer
 without, where bfloat16 is slow."""
 
@@ -16,6 +16,9 @@ from transformers import LlamaConfig
 
 from peftlab import memory
 from peftlab.kit import measure, plot, results
+from peftlab.memory import calculator
+from peftlab.memory.cards import GIB
+from peftlab.memory.tracker import nbytes
 from tools.figures import refresh_pages, save_picture
 
 METHODS = ("full", "lora", "qlora")
@@ -78,31 +81,32 @@ def measured(
     targets=None,
 ):
     """Bytes that a real step takes at its highest point, those held before included."""
-    settings = memory._settings(method, r, targets, dtype, None)
+    settings = calculator.method_settings(method, r, targets, dtype, None)
     shape, dtype = memory.load(config), settings.pop("dtype")
     kind = type(measure._on_meta(shape, dtype, None))  # the class that the shape is of
     torch.manual_seed(0)
     model = kind(copy.deepcopy(shape)).to(dtype).train()
-    if add := memory.METHODS[method]:
+    add = memory.METHODS[method]
+    if add is not None:
         model = add(model, **settings)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        calculator.enable_checkpointing(model)
     inputs = {
         name: torch.zeros_like(t, device="cpu") if isinstance(t, torch.Tensor) else t
-        for name, t in memory._inputs(model, batch, seq).items()
+        for name, t in calculator.make_inputs(model, batch, seq).items()
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     updates = memory.OPTIMIZERS[optimizer](trained, lr=1e-5)
 
     def two_steps():
         for _ in range(2):
-            memory._loss(model, inputs).backward()
+            calculator.loss_of(model, inputs).backward()
             updates.step()
             updates.zero_grad()
 
     # The optimizer's state is born in there: of blocks that were there before, the
     # profiler does not see the end, and an 8-bit state is replaced at each step.
-    held = memory._held([*model.parameters(), *model.buffers(), *inputs.values()])
+    held = nbytes([*model.parameters(), *model.buffers(), *inputs.values()])
     gc.collect()
     return held + measure.peak_memory(two_steps)
 
@@ -186,7 +190,7 @@ def derive(rows, models):
             figures[f"{name}.{part}"] = dict(value=value, tolerance=value / 100)
         figures[f"{name}.trainable"] = dict(value=found["trainable"], tolerance=0)
     for name, size in memory.CARDS.items():
-        value = size * memory.GiB / 1e9
+        value = size * GIB / 1e9
         figures[f"card.{name.partition(' (')[0]}"] = dict(value=value, tolerance=0)
     return figures
 
@@ -206,7 +210,7 @@ def draw(models):
         ax.barh([*bars], width, 0.62, left, label=part, color=color)
         left += width
     for card in LINES:
-        x = memory.CARDS[card] * memory.GiB / 1e9
+        x = memory.CARDS[card] * GIB / 1e9
         ax.axvline(x, color=plot.INK, linestyle=":", linewidth=1.2)
         name = card.partition(" (")[0]
         ax.text(x, -0.75, name, rotation=40, ha="left", va="bottom", fontsize=9)
