@@ -448,7 +448,8 @@ def test_a_prefix_on_a_decoder_of_its_own_depth_goes_to_peft(tmp_path):
 
 def test_two_kinds_at_once_do_not_go_into_one_folder(tmp_path):
     model = lora.add(MODELS["llama"](), ["q_proj"])
-    ia3.add(model, ["k_proj"])
+    layer = model.model.layers[0].self_attn
+    layer.k_proj = ia3.IA3Linear(layer.k_proj, False)
     with pytest.raises(ValueError, match="LoRA and IA3") as error:
         peft_files.save(model, tmp_path / "new")
     assert_one_sentence(error)
