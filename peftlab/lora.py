@@ -153,6 +153,7 @@ def load_state_dict(model, tensors):
 
 def _biases(model):
     """{name: parameter} of the biases that train along, named as in the plain model."""
+    model = surgery.uncompiled(model)
     layers = surgery.wrappers(model, LoRALinear)
     mode = next(iter(layers.values())).bias_mode
     every = {n: p for n, p in model.named_parameters() if n.endswith("bias")}

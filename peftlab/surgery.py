@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 HEADS = {"classifier", "score", "qa_outputs"}  # RoBERTa's classifier is two layers
-CONTAINERS = {  # what wraps a whole model, and where it keeps the plain one
-    "OptimizedModule": "_orig_mod",
+CONTAINERS = {  # what wraps a model, and where it keeps the plain one
+    "OptimizedModule": "_orig_mod",  # torch.compile's
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "FullyShardedDataParallel": "module",
@@ -115,6 +115,7 @@ def select(model, targets):
         ValueError: for a name without a match, and for one whose layer computes
             something else than W x + b; "all-linear" leaves such layers out and warns.
     """
+    model = uncompiled(model)
     linears = {p: m for p, m in model.named_modules() if p and shape(m)}
 
     if targets == "all-linear":
@@ -179,6 +180,13 @@ def refuse_fused_experts(model):
 # In and out
 
 
+def uncompiled(model):
+    """The model that torch.compile was given: its layers have their plain names."""
+    while type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    return model
+
+
 def swap(model, layers):
     """Put layers[old] where the module `old` hangs in the model, wherever that is."""
     for parent in list(model.modules()):
@@ -196,6 +204,7 @@ def wrap(model, new):
 
 def wrappers(model, kind):
     """{path: layer} of the method's layers; ValueError where there are none."""
+    model = uncompiled(model)
     refuse_containers(model)
     layers = {p: m for p, m in model.named_modules() if isinstance(m, kind)}
     if not layers:
@@ -319,22 +328,24 @@ def check_flag(what, value):
 
 
 def refuse_containers(model):
-    """ValueError for what is no module, and for a model inside torch.compile's or a
-    parallel wrapper: that has other names, or copies that would drift apart."""
+    """ValueError for what is no module, and for a model that torch.compile or a
+    parallel wrapper holds, in part too: names are others there, copies drift apart."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model must be an nn.Module, not {model!r:.60}")
     for path, m in model.named_modules():
         for kind in type(m).__mro__:
             if kind.__name__ in CONTAINERS:
+                name = kind.__name__.replace("OptimizedModule", "torch.compile")
                 plain = f"{path}.{CONTAINERS[kind.__name__]}".lstrip(".")
                 raise ValueError(
-                    f"{path or 'the model'} is wrapped by {kind.__name__}: give the"
-                    f" plain model, its `{plain}`"
+                    f"{path or 'the model'} is wrapped by {name}: give the plain model,"
+                    f" with its `{plain}`"
                 )
 
 
 def refuse_carried(model):
     """ValueError for a model in a container, and one that carries a method already."""
+    model = uncompiled(model)
     refuse_containers(model)
     names = {m.peft_method for m in model.modules() if hasattr(type(m), "peft_method")}
     if hasattr(model, "bitfit"):
