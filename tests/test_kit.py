@@ -140,13 +140,13 @@ def test_the_interval_holds_zero_for_equals_and_not_for_the_better():
         measure.interval([1, 0], [1, 0])
 
 
-def test_zoo_refuses_an_unknown_name_in_one_sentence():
+def test_an_unknown_base_model_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="shipped are tiny-decoder") as error:
         base_models.load("no-such-model")
     assert "\n" not in str(error.value)
 
 
-def test_zoo_loads_any_hugging_face_folder(tmp_path, tiny):
+def test_any_hugging_face_folder_is_a_base_model(tmp_path, tiny):
     model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -235,7 +235,7 @@ def test_a_pickle_is_never_loaded(cache, tmp_path, monkeypatch):
 
 
 def test_a_network_that_swallows_everything_does_not_hang(tmp_path):
-    script = HIDDEN + "base_models.SECONDS = 1\nzoo.load_minilm()"
+    script = HIDDEN + "base_models.SECONDS = 1\nbase_models.load_minilm()"
     with socket.socket() as hole:
         hole.bind(("127.0.0.1", 0))
         hole.listen(8)  # connections are taken, and nothing is ever answered
