@@ -7,36 +7,50 @@ $$ A \leftarrow A - \eta\, G_A, \qquad B \leftarrow B - \lambda \eta\, G_B $$
 
 | symbol | in code | usual value |
 |---|---|---|
-| $\eta$, the rate of A and of all else | `lr` | as for LoRA, or lower |
+| $\eta$, the learning rate of A and of all else | `lr` | as for LoRA, or lower |
 | $\lambda = \eta_B / \eta_A$ | `ratio` | 16 |
 | $G_A$, $G_B$ | what the optimizer makes of the gradients | |
 
 The model, its adapter and its file are plain LoRA's; only the optimizer's groups
 differ. Give them to any torch optimizer:
-`AdamW(lora_plus.parameter_groups(model, 1e-4))`. B is found by its name, ours and
+`AdamW(lora_plus.parameter_groups(model, 1e-4))`. B is known by its name, ours and
 peft's. Biases learn at A's rate, as does LoRA on an embedding, whose B is random and
-A zero at the start. peft gives biases B's rate, such embeddings one of their own, and
-splits B's group once more, by weight decay.
+A zero at the start. peft gives biases B's rate, such embeddings a rate of their own,
+and splits B's group once more, by weight decay.
 """
 
-import math
+from torch import nn
 
 
 def parameter_groups(model, lr, ratio=16):
-    """Two groups of a model's trainable parameters for a torch optimizer.
+    """Two groups of a model's trainable parameters, for a torch optimizer.
 
-    lr: the learning rate of A, and of biases or heads that train along. ratio: how many
-    times faster B learns. Returns [{"params": [...], "lr": lr}, {"params": [B, ...],
-    "lr": lr * ratio}]; a LambdaLR scales both, OneCycleLR overwrites both: give it both
-    as max_lr. Raises ValueError for a rate or ratio that is not a positive number, and
-    where no B trains."""
-    for name, value in (("lr", lr), ("ratio", ratio)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, not {value!r}")
-    trains = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    fast = [p for n, p in trains.items() if _is_b(n)]
-    slow = [p for n, p in trains.items() if not _is_b(n)]
+    Args:
+        model: a module with LoRA in it, ours or peft's.
+        lr: the learning rate of A, and of biases or heads that train too.
+        ratio: how many times faster B learns (section 4 of the paper).
+
+    Returns:
+        `[{"params": [...], "lr": lr}, {"params": [B, ...], "lr": lr * ratio}]`. A
+        LambdaLR scales both rates. OneCycleLR overwrites both: give it both as max_lr.
+
+    Raises:
+        ValueError: model is no module, lr, ratio or their product is no positive
+            number, or no B trains.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
+    _check_positive("lr", lr)
+    _check_positive("ratio", ratio)
+    _check_positive("lr * ratio", lr * ratio)
+
+    slow = []
+    fast = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            group = fast if _is_b(name) else slow
+            group.append(p)
+
     if not fast:
         raise ValueError("no lora_B trains in this model: add LoRA to it first")
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
@@ -45,3 +59,11 @@ def parameter_groups(model, lr, ratio=16):
 def _is_b(name):
     """Ours is `path.lora_B`, peft's `path.lora_B.default.weight`."""
     return "lora_B" in name.split(".")
+
+
+def _check_positive(what, value):
+    """ValueError for what is no number, or is one that an optimizer cannot take."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < 1e300:
+        shown = " ".join(repr(value).split())
+        raise ValueError(f"{what} must be a positive number, not {shown:.60}")
