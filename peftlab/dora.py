@@ -93,7 +93,7 @@ def add(model, targets, r=8, alpha=16):
 
     Raises:
         ValueError: the model unchanged, for a value out of range, a target without a
-            match or with a packed weight, and a model that carries a method already.
+            match, with a packed weight or with hooks, and a model that carries a method.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_positive("alpha", alpha)
@@ -101,6 +101,7 @@ def add(model, targets, r=8, alpha=16):
 
     layers = surgery.select(model, targets)
     surgery.refuse_unwritable(layers, "DoRA cannot take the norm of")
+    surgery.refuse_hooks(layers, "DoRA cannot take the place of")
     return surgery.wrap(model, {m: DoRALinear(m, r, alpha) for m in layers})
 
 

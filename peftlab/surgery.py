@@ -365,3 +365,25 @@ def refuse_unwritable(layers, what):
             raise ValueError(f"{what} a packed (4- or 8-bit) weight")
         if "weight" not in layer._parameters:
             raise ValueError(f"{what} a weight that is computed (pruned, normed)")
+
+
+def refuse_hooks(layers, what):
+    """ValueError, which begins with `what`, for a layer that would not be called any
+    more and has hooks, or a forward of its own set on it: they would be lost."""
+    for layer in layers:
+        hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks)
+        if any(hooks) or "forward" in vars(layer):
+            raise ValueError(f"{what} a layer with hooks: they would be lost")
+
+
+def refuse_unpackable(base):
+    """ValueError unless `base` is a linear layer whose plain weight can be packed."""
+    kind = type(base).__name__
+    if not isinstance(base, nn.Module) or shape(base) is None:
+        raise ValueError(f"a plain linear can be packed, not {kind}")
+    if not torch.is_tensor(getattr(base, "weight", None)):
+        raise ValueError(f"this {kind} has no plain weight: it may be packed already")
+    refuse_unwritable([base], f"a {kind} cannot be packed: it has")
+    if not is_plain(base):
+        raise ValueError(f"a {kind} cannot be packed: it computes more than W x + b")
+    refuse_hooks([base], "packing cannot take the place of")

@@ -206,6 +206,17 @@ def test_a_packed_weight_is_refused(dora):
     assert_unchanged(model, before)
 
 
+def test_a_layer_with_hooks_is_refused(dora):
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        getattr(model[1], hook)(lambda *_: None)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="hooks") as error:
+            dora.add(model, ["0", "1"])
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+
+
 # Bad input: one sentence each, and the model as it was
 
 BAD = {
@@ -430,6 +441,10 @@ MUTATIONS = {
     "a packed weight is accepted": (
         test_a_packed_weight_is_refused,
         {"if _is_packed(layer.weight):": "if False:"},
+    ),
+    "hooks are lost": (
+        test_a_layer_with_hooks_is_refused,
+        {"if any(hooks) or ": "if False and "},
     ),
     "the state dict leaves m out": (
         ONLY,
