@@ -16,11 +16,11 @@ $$ \begin{aligned} m &\leftarrow \beta_1 m + (1 - \beta_1)\, g \\ v &\leftarrow
 | $v$ (the paper's $r$), on the unsigned map | w's, uint8 | `v` | zero |
 | a block's largest magnitude | (blocks,), float32 | `m_absmax`, `v_absmax` | zero |
 
-Each number becomes the nearest value of the map; bitsandbytes looks it up in 65,536
-even bins on the CPU, so its codes near 0 are not the nearest. One exception is ours:
-v > 0 never becomes code 0. Then m, which is not squared, would outlive it, and a step
-would be m / eps, thousands of learning rates long. The signed map has 1 and no -1, so
-a block whose largest is negative shrinks by 0.7%. Not here: the paper's stable
+Each number becomes the nearest value of the map (`_nearest`). On the CPU bitsandbytes
+has 65,536 even bins instead, so its codes near 0 are not the nearest. One exception is
+ours: v > 0 never becomes code 0. Else m, which is not squared, would outlive it, and a
+step would be m / eps, thousands of learning rates long. The signed map has 1 and no -1,
+so a block whose largest is negative shrinks by 0.7%. Not here: the paper's stable
 embedding, and paged states.
 """
 
@@ -227,7 +227,7 @@ class Adam8bit(torch.optim.Optimizer):
         """
         try:
             states = _saved_states(state_dict, self.param_groups)
-        except (AttributeError, KeyError, RuntimeError, TypeError):
+        except (AttributeError, KeyError, NotImplementedError, TypeError):
             raise ValueError("this is not what state_dict of Adam8bit gave") from None
 
         # torch's would cast the states to the dtype of the parameters
@@ -344,13 +344,13 @@ def _saved_states(state_dict, groups):
     if len({*indices}) < len(indices) or states.keys() - {*indices}:
         raise ValueError("the groups of this state do not name each tensor of it once")
 
-    found = {}
+    chosen = {}
     for group, saved in zip(groups, saved_groups, strict=True):
         for p, i in zip(group["params"], saved["params"], strict=True):
             if states.get(i, {}) != {}:
                 _check_state(states[i], p, saved["blocksize"])
-                found[p] = states[i]
-    return found
+                chosen[p] = states[i]
+    return chosen
 
 
 def _copied(state, device):
@@ -406,7 +406,7 @@ def _check_state(state, p, blocksize):
     kinds = {name: (t.dtype, t.shape) for name, t in tensors.items()}
     if kinds not in (wide, packed):
         raise ValueError(
-            f"no state of Adam8bit for a tensor of {[*p.shape]}, {blocksize} a block"
+            f"no state of Adam8bit for {[*p.shape]} in blocks of {blocksize!s:.20}"
         )
 
     for name, t in tensors.items():

@@ -1050,312 +1050,200 @@ FOREIGN = test_another_state_is_refused_and_changes_nothing
 LIMITS = test_a_setting_that_a_step_cannot_take_is_refused_at_once
 
 # {what is broken: (the law that goes red, {text: text in its place})}
+# fmt: off
 MUTATIONS = {
     "every decade has as many values": (DECADES, {"2**e if": "2**6 if"}),
-    "values are the ends of the parts": (
-        DECADES,
-        {"(edges[:-1] + edges[1:]) / 2": "edges[1:]"},
-    ),
+    "values are the ends of the parts":
+        (DECADES, {"(edges[:-1] + edges[1:]) / 2": "edges[1:]"}),
     "the bit of the sign is wasted": (DECADES, {"2 * 2**e": "2**e"}),
-    "-1 is on the map and 1 is not": (
-        DECADES,
-        {"torch.arange(2, **like)": "torch.arange(-1, 1, **like)"},
-    ),
-    "the map heeds the default dtype": (
-        DEFAULT,
-        {"dtype=torch.float32, device": "device"},
-    ),
+    "-1 is on the map and 1 is not":
+        (DECADES, {"torch.arange(2, **like)": "torch.arange(-1, 1, **like)"}),
+    "the map heeds the default dtype":
+        (DEFAULT, {"dtype=torch.float32, device": "device"}),
     "the map heeds the default device": (DEFAULT, {', device="cpu")': ")"}),
-    "codes are rounded down": (
-        NEAREST,
-        {"codes.add_(above.view(torch.uint8))": "codes"},
-    ),
-    "codes are rounded to even bins": (
-        NEAREST,
-        {NEAR: NEAR.replace("rows.f", "((rows * 127).round() / 127).f")},
-    ),
+    "codes are rounded down":
+        (NEAREST, {"codes.add_(above.view(torch.uint8))": "codes"}),
+    "codes are rounded to even bins":
+        (NEAREST, {NEAR: NEAR.replace("rows.f", "((rows * 127).round() / 127).f")}),
     "the largest is not taken by magnitude": (NEAREST, {ABSMAX: "rows.amax(1)"}),
     "absmax is a root of squares": (NEAREST, {ABSMAX: "rows.norm(dim=1)"}),
     "a block of zeros is divided by zero": (NEAREST, {".clamp(min=1e-38)": ""}),
-    "absmax is in 16 bits": (
-        NEAREST,
-        {"view(x.shape), absmax": "view(x.shape), absmax.half().float()"},
-    ),
+    "absmax is in 16 bits":
+        (NEAREST, {"view(x.shape), absmax": "view(x.shape), absmax.half().float()"}),
     "halfway the upper value is taken": (SEARCH, {"x > midpoint": "x >= midpoint"}),
     "the sign is no part of the cell": (SEARCH, {"0xFFFF)\n": "0x7FFF)\n"}),
-    "a cell is known by one of its ends": (
-        SEARCH,
-        {"out_int32=True).aminmax(dim=0)": "out_int32=True)"},
-    ),
-    "the midpoint is the one above": (
-        SEARCH,
-        {"value=math.inf)[least]": "value=math.inf)[(least + 1).clamp(max=255)]"},
-    ),
-    "all maps have one table": (
-        MAPS,
-        {"(tuple(code.tolist()),": "((*SIGNED.tolist(),),"},
-    ),
-    "a map that is too fine is searched": (
-        MAPS,
-        {"(most - least > 1)": "(most < least)"},
-    ),
+    "a cell is known by one of its ends":
+        (SEARCH, {"out_int32=True).aminmax(dim=0)": "out_int32=True)"}),
+    "the midpoint is the one above":
+        (SEARCH, {
+            "value=math.inf)[least]": "value=math.inf)[(least + 1).clamp(max=255)]"}),
+    "all maps have one table":
+        (MAPS, {"(tuple(code.tolist()),": "((*SIGNED.tolist(),),"}),
+    "a map that is too fine is searched":
+        (MAPS, {"(most - least > 1)": "(most < least)"}),
     "unpacking forgets absmax": (UNPACK, {".mul_(absmax.view(len(indices), 1))": ""}),
-    "unpacking is one code off": (
-        UNPACK,
-        {"index_select(0, indices": "roll(1).index_select(0, indices"},
-    ),
-    "unpacking shrinks a little": (
-        UNPACK,
-        {"index_select(0, indices": "mul(0.999).index_select(0, indices"},
-    ),
+    "unpacking is one code off":
+        (UNPACK, {"index_select(0, indices": "roll(1).index_select(0, indices"}),
+    "unpacking shrinks a little":
+        (UNPACK, {"index_select(0, indices": "mul(0.999).index_select(0, indices"}),
     "small blocks are not scaled": (UNPACK, {"clamp(min=1e-38)": "clamp(min=1.0)"}),
-    "the lowest value is made -1": (
-        test_minus_one_is_not_on_the_map,
-        {
+    "the lowest value is made -1":
+        (test_minus_one_is_not_on_the_map, {
             "arange(2, **like)]": "arange(-1 * signed, 2, **like)]",
-            "2**e if signed": "2**e - (e == 6) if signed",
-        },
-    ),
+            "2**e if signed": "2**e - (e == 6) if signed"}),
     "the block size is ignored": (SPOILT, {"min(blocksize, x.numel())": "x.numel()"}),
-    "blocks run down the columns": (
-        SPOILT,
-        {"flat = x.flatten()": "flat = x.T.flatten()"},
-    ),
-    "a full last block gets another": (
-        LENGTH,
-        {"-x.numel() % size": "size - x.numel() % size"},
-    ),
-    "the codes are a view": (
-        LENGTH,
-        {
-            NEAR: "_nearest(rows.flatten(), code)[: x.numel()]",
-        },
-    ),
-    "a short tensor is filled up to a block": (
-        test_a_block_is_no_longer_than_the_tensor,
-        {"max(1, min(blocksize, x.numel()))": "blocksize"},
-    ),
-    "eps is inside the root": (
-        TEXTBOOK,
-        {ROOT: 'root = (v / (1 - beta2**t)).add_(group["eps"]).sqrt()'},
-    ),
-    "eps is added before the correction": (
-        TEXTBOOK,
-        {ROOT: 'root = v.sqrt().add_(group["eps"]) / math.sqrt(1 - beta2**t)'},
-    ),
+    "blocks run down the columns":
+        (SPOILT, {"flat = x.flatten()": "flat = x.T.flatten()"}),
+    "a full last block gets another":
+        (LENGTH, {"-x.numel() % size": "size - x.numel() % size"}),
+    "the codes are a view":
+        (LENGTH, {NEAR: "_nearest(rows.flatten(), code)[: x.numel()]"}),
+    "a short tensor is filled up to a block":
+        (test_a_block_is_no_longer_than_the_tensor, {
+            "max(1, min(blocksize, x.numel()))": "blocksize"}),
+    "eps is inside the root":
+        (TEXTBOOK, {ROOT: 'root = (v / (1 - beta2**t)).add_(group["eps"]).sqrt()'}),
+    "eps is added before the correction":
+        (TEXTBOOK, {
+            ROOT: 'root = v.sqrt().add_(group["eps"]) / math.sqrt(1 - beta2**t)'}),
     "the betas are swapped": (TEXTBOOK, {"beta1, beta2 =": "beta2, beta1 ="}),
-    "v takes the gradient's size": (
-        TEXTBOOK,
-        {"addcmul_(g, g,": "addcmul_(g.sign(), g,"},
-    ),
-    "a step uses what it has packed": (
-        TEXTBOOK,
-        {
-            ROOT: "m = m if t > 1 else dequantize(*quantize(m, SIGNED), SIGNED)"
-            f"\n    {ROOT}"
-        },
-    ),
+    "v takes the gradient's size":
+        (TEXTBOOK, {"addcmul_(g, g,": "addcmul_(g.sign(), g,"}),
+    "a step uses what it has packed":
+        (TEXTBOOK, {
+            ROOT:
+                "m = m if t > 1 else dequantize(*quantize(m, SIGNED), SIGNED)\n"
+                f"    {ROOT}"}),
     "m's bias is not corrected": (TEXTBOOK, {"-lr / (1 - beta1**t)": "-lr"}),
     "v's bias is not corrected": (TEXTBOOK, {" / math.sqrt(1 - beta2**t)": ""}),
     "a step goes uphill": (TEXTBOOK, {"value=-lr": "value=lr"}),
     "the step does not count on": (EVEN, {"dict(step=t,": "dict(step=0,"}),
-    "the states are packed once and never again": (
-        EVEN,
-        {
-            STEP: f'{STEP}        if t > 1 and "m_absmax" in state:\n            '
-            'state["step"] = t\n            return\n'
-        },
-    ),
-    "the states stay unpacked after a step": (
-        BYTES,
-        {BIG: BIG.replace("if ", "if t == 1 and ")},
-    ),
+    "the states are packed once and never again":
+        (EVEN, {
+            STEP:
+                f'{STEP}        if t > 1 and "m_absmax" in state:\n'
+                '            state["step"] = t\n            return\n'}),
+    "the states stay unpacked after a step":
+        (BYTES, {BIG: BIG.replace("if ", "if t == 1 and ")}),
     "one absmax serves two blocks": (BYTES, {SIZE: SIZE.replace("= ", "= 2 * ")}),
     "small tensors are packed too": (SMALL, {BIG: "if True:"}),
     "4,096 weights are small": (SMALL, {BIG: BIG.replace(">=", ">")}),
-    "m is on the unsigned map": (
-        HALF,
-        {"quantize(m, SIGNED,": "quantize(m, UNSIGNED,"},
-    ),
-    "v is on the signed map": (
-        HALF,
-        {
+    "m is on the unsigned map":
+        (HALF, {"quantize(m, SIGNED,": "quantize(m, UNSIGNED,"}),
+    "v is on the signed map":
+        (HALF, {
             "quantize(v, UNSIGNED,": "quantize(v, SIGNED,",
-            'state["v_absmax"], UNSIGNED': 'state["v_absmax"], SIGNED',
-        },
-    ),
-    "v's root is packed": (
-        HALF,
-        {"quantize(v, UNSIGNED,": "quantize(v.sqrt(), UNSIGNED,"},
-    ),
-    "m is packed under v's absmax": (
-        SECOND,
-        {'state["m_absmax"], SIGNED': 'state["v_absmax"], SIGNED'},
-    ),
-    "each step begins anew": (
-        SECOND,
-        {"blocksize) if state else": "blocksize) if {} else"},
-    ),
+            'state["v_absmax"], UNSIGNED': 'state["v_absmax"], SIGNED'}),
+    "v's root is packed":
+        (HALF, {"quantize(v, UNSIGNED,": "quantize(v.sqrt(), UNSIGNED,"}),
+    "m is packed under v's absmax":
+        (SECOND, {'state["m_absmax"], SIGNED': 'state["v_absmax"], SIGNED'}),
+    "each step begins anew":
+        (SECOND, {"blocksize) if state else": "blocksize) if {} else"}),
     "v is rounded to zero": (LOST, {FLOOR: "pass"}),
     "no v is zero": (LOST, {FLOOR: "v_codes.clamp_(min=1)"}),
-    "weight decay is in the gradient": (
-        DECAY,
-        {
+    "weight decay is in the gradient":
+        (DECAY, {
             "g = p.grad.float()": 'g = p.grad.float() + group["weight_decay"] * p',
-            SHRINK: "pass",
-        },
-    ),
+            SHRINK: "pass"}),
     "weight decay is not times lr": (DECAY, {SHRINK: SHRINK.replace("lr * ", "")}),
     "weight decay is forgotten": (DECAY, {SHRINK: "pass"}),
-    "no gradient counts as zero": (
-        test_what_has_no_gradient_is_left_alone,
-        {
+    "no gradient counts as zero":
+        (test_what_has_no_gradient_is_left_alone, {
             NONE: "]",
-            LOOK: LOOK.replace(
-                "_check_gradient(p)",
-                "p.grad = torch.zeros_like(p) if p.grad is None else p.grad",
-            ),
-        },
-    ),
-    "all groups have one rate": (
-        GROUPS,
-        {STEP: STEP.replace("group", "group | dict(lr=0.01)")},
-    ),
-    "all groups have one block size": (
-        GROUPS,
-        {SIZE: SIZE.replace("group", "self.defaults")},
-    ),
-    "only the first group steps": (
-        GROUPS,
-        {"for group in self.param_groups:": "for group in self.param_groups[:1]:"},
-    ),
-    "the last group's settings serve all": (
-        GROUPS,
-        {"self._update(p, group)": "self._update(p, pairs[-1][1])"},
-    ),
-    "the closure runs without gradients": (
-        CLOSURE,
-        {"with torch.enable_grad():": "with torch.no_grad():"},
-    ),
+            LOOK:
+                "        for p, _ in pairs:\n            p.grad = torch.zeros_like(p)"
+                " if p.grad is None else p.grad\n"}),
+    "all groups have one rate":
+        (GROUPS, {STEP: STEP.replace("group", "group | dict(lr=0.01)")}),
+    "all groups have one block size":
+        (GROUPS, {SIZE: SIZE.replace("group", "self.defaults")}),
+    "only the first group steps":
+        (GROUPS, {
+            "for group in self.param_groups:": "for group in self.param_groups[:1]:"}),
+    "the last group's settings serve all":
+        (GROUPS, {"self._update(p, group)": "self._update(p, pairs[-1][1])"}),
+    "the closure runs without gradients":
+        (CLOSURE, {"with torch.enable_grad():": "with torch.no_grad():"}),
     "the closure's loss is lost": (CLOSURE, {"        return loss\n": ""}),
-    "16-bit weights are counted in 16 bits": (
-        IN_16_BITS,
-        {
+    "16-bit weights are counted in 16 bits":
+        (IN_16_BITS, {
             "w = p.float()": "w = p",
-            MOVE: "w.add_((m / root).to(w.dtype), alpha=-lr / (1 - beta1**t))",
-        },
-    ),
-    "the states of 16-bit weights are in 16 bits": (
-        IN_16_BITS,
-        {
+            MOVE: "w.add_((m / root).to(w.dtype), alpha=-lr / (1 - beta1**t))"}),
+    "the states of 16-bit weights are in 16 bits":
+        (IN_16_BITS, {
             "zeros_like(p, dtype=torch.float32)": "zeros_like(p)",
-            "dtype == torch.float32:": "dtype.is_floating_point:",
-        },
-    ),
-    "all tensors are unpacked at once": (
-        MEMORY,
-        {STEP: f'{STEP}        self.__dict__.setdefault("held", []).append((m, v))\n'},
-    ),
-    "a step's root lives until all is packed": (
-        MEMORY,
-        {
+            "dtype == torch.float32:": "dtype.is_floating_point:"}),
+    "all tensors are unpacked at once":
+        (MEMORY, {
+            STEP:
+                STEP + '        self.__dict__.setdefault("all", []).append((m, v))\n'}),
+    "a step's root lives until all is packed":
+        (MEMORY, {
             "    p.copy_(w)\n": "    p.copy_(w)\n    return g, w, root\n",
-            STEP: STEP.replace("_adamw", "alive = _adamw"),
-        },
-    ),
-    "loading casts to the weights' dtype": (
-        ROUND,
-        {
+            STEP: STEP.replace("_adamw", "alive = _adamw")}),
+    "loading casts to the weights' dtype":
+        (ROUND, {
             LOAD: "super().load_state_dict(state_dict)",
-            "self.state.update(copies)": "pass",
-        },
-    ),
+            "self.state.update(copies)": "pass"}),
     "loading shares the tensors": (ROUND, {", copy=True": ""}),
     "loading forgets the step": (ROUND, {'dict(step=state["step"],': "dict(step=1,"}),
-    "a setting is where a copy loses it": (
-        COPY,
-        {
-            "super().__init__(params, defaults)": "super().__init__(params, defaults)"
-            "\n        self.scale = 0.5",
-            STEP: STEP.replace(
-                "group)", '{**group, "lr": getattr(self, "scale", 1.0)})'
-            ),
-        },
-    ),
-    "absmax is left behind": (
-        test_a_group_that_leaves_8_bits_can_be_saved,
-        {WIDE: "state.update(step=t, m=m, v=v)"},
-    ),
-    "gradients are looked at one by one": (
-        REFUSED,
-        {
+    "a setting is where a copy loses it":
+        (COPY, {
+            "super().__init__(params, defaults)":
+                "super().__init__(params, defaults)\n        self.scale = 0.5",
+            STEP:
+                STEP.replace("p)\n", 'p | dict(lr=getattr(self, "scale", 1.0)))\n')}),
+    "absmax is left behind":
+        (test_a_group_that_leaves_8_bits_can_be_saved, {
+            WIDE: "state.update(step=t, m=m, v=v)"}),
+    "gradients are looked at one by one":
+        (REFUSED, {
             LOOK: "",
-            "self._update(p, group)": "_check_gradient(p), self._update(p, group)",
-        },
-    ),
-    "NaN slips through the comparison": (
-        REFUSED,
-        {"not torch.maximum(": "torch.maximum(", "least) < 1e18": "least) >= 1e18"},
-    ),
-    "a large negative gradient is let in": (
-        REFUSED,
-        {"torch.maximum(most, -least)": "most"},
-    ),
-    "a sparse gradient is not refused": (
-        REFUSED,
-        {"g.layout != torch.strided or ": ""},
-    ),
+            "self._update(p, group)": "_check_gradient(p), self._update(p, group)"}),
+    "NaN slips through the comparison":
+        (REFUSED, {
+            "not torch.maximum(": "torch.maximum(",
+            "least) < 1e18": "least) >= 1e18"}),
+    "a large negative gradient is let in":
+        (REFUSED, {"torch.maximum(most, -least)": "most"}),
+    "a sparse gradient is not refused":
+        (REFUSED, {"g.layout != torch.strided or ": ""}),
     "float64 is not refused": (REFUSED, {" or p.itemsize not in (2, 4)": ""}),
     "another model's state is loaded": (FOREIGN, {KINDS: "if False:"}),
-    "the groups are loaded before the look at the states": (
-        FOREIGN,
-        {f"        {LOAD}\n": "", "        try:\n": f"        {LOAD}\n        try:\n"},
-    ),
-    "saved settings are not looked at": (
-        FOREIGN,
-        {"            _check(name, saved[name])": "            pass"},
-    ),
-    "another optimizer is called a bad number": (
-        FOREIGN,
-        {"        if missing:": "        if False:"},
-    ),
-    "only shapes are looked at": (
-        FOREIGN,
-        {
+    "the groups are loaded before the look at the states":
+        (FOREIGN, {
+            f'        {LOAD}\n': "",
+            "        try:\n": f'        {LOAD}\n        try:\n'}),
+    "saved settings are not looked at":
+        (FOREIGN, {"            _check(name, saved[name])": "            pass"}),
+    "another optimizer is called a bad number":
+        (FOREIGN, {"        if missing:": "        if False:"}),
+    "only shapes are looked at":
+        (FOREIGN, {
             "torch.uint8, p.shape)": "None, p.shape)",
             "torch.float32, p.shape)": "None, p.shape)",
             "torch.float32, (blocks,))": "None, (blocks,))",
-            "(t.dtype, t.shape)": "(None, t.shape)",
-        },
-    ),
+            "(t.dtype, t.shape)": "(None, t.shape)"}),
     "the step is not looked at": (FOREIGN, {" or not 0 < step < 2**53": ""}),
     "a step of any kind is let in": (FOREIGN, {"type(step) is not int or ": ""}),
-    "NaN is loaded": (
-        FOREIGN,
-        {"t.isfinite() & (t >= least)": "t.nan_to_num(1).abs() >= least"},
-    ),
+    "NaN is loaded":
+        (FOREIGN, {"t.isfinite() & (t >= least)": "t.nan_to_num(1).abs() >= least"}),
     "a negative v is loaded": (FOREIGN, {'if name == "m" else 0': "if True else 0"}),
-    "a state that no group names is dropped": (
-        FOREIGN,
-        {" or states.keys() - {*indices}": ""},
-    ),
-    "one state serves two tensors": (
-        FOREIGN,
-        {"len({*indices}) < len(indices) or ": ""},
-    ),
-    "a lost key raises what it raises": (
-        FOREIGN,
-        {"(AttributeError, KeyError, RuntimeError, TypeError)": "ZeroDivisionError"},
-    ),
+    "a state that no group names is dropped":
+        (FOREIGN, {" or states.keys() - {*indices}": ""}),
+    "one state serves two tensors":
+        (FOREIGN, {"len({*indices}) < len(indices) or ": ""}),
+    "a lost key raises what it raises":
+        (FOREIGN, {
+            "(AttributeError, KeyError, NotImplementedError, TypeError)":
+                "ZeroDivisionError"}),
     "a rate may be infinite": (LIMITS, {"lr=(0, 1e18)": "lr=(0, math.inf)"}),
     "True is a number": (LIMITS, {" and type(n) is not bool": ""}),
     "a block may be 64.0 long": (LIMITS, {'int if name == "blocksize" else ': ""}),
-    "three betas are two": (
-        LIMITS,
-        {"right != [True] * (2": "right[:2] != [True] * (2"},
-    ),
-    "a group is added, then looked at": (
-        LIMITS,
-        {ADD: "pass", "settings = self": f"{ADD}\n        settings = self"},
-    ),
+    "three betas are two":
+        (LIMITS, {"right != [True] * (2": "right[:2] != [True] * (2"}),
+    "a group is added, then looked at":
+        (LIMITS, {ADD: "pass", "settings = self": f'{ADD}\n        settings = self'}),
 }
+# fmt: on
