@@ -1,5 +1,8 @@
-# Thin verbs. `make book` and `make test` set up everything that they need.
+# Short commands. `make book` and `make test` set up everything that they need.
 PYTHON ?= python3
+# Colab's own, else the nearest that is at hand.
+COLAB_PYTHON ?= $(firstword $(foreach p,python3.13 python3.12,\
+	$(shell $(p) -c 'print("$(p)")' 2> /dev/null)) $(PYTHON))
 PORT ?= 8000
 WORKERS ?= 2
 BIN := .venv/bin
@@ -7,18 +10,21 @@ SETUP := .venv/.setup-done
 BOOK := _build/html/.book-done
 # The adapters library needs an older transformers: an environment of its own.
 HUB := .venv-adapterhub
+COLAB := .venv-colab
+NEWEST := .venv-newest
 # One thread for each worker: two workers share two cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 OFFLINE := HF_HUB_OFFLINE=1
 # The folders too: they change when a file goes.
 BOOK_SOURCES := _config.yml _toc.yml book/. notebooks/. \
-	$(wildcard notebooks/*.ipynb peftlab/*.py) \
+	$(wildcard notebooks/*.ipynb) $(shell find peftlab -name '*.py') \
 	$(shell find book -mindepth 1 -not -path '*/__pycache__*' -not -path book/_ext)
 
-.PHONY: help setup book serve test notebooks student models results bench adapterhub
+.PHONY: help setup book serve test notebooks student models results bench adapterhub \
+	colab newest
 .DELETE_ON_ERROR:
 
-help:  ## show these verbs
+help:  ## show these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1|/' \
 		| awk -F'|' '{ printf "  %-16s %s\n", $$1, $$2 }'
 
@@ -73,12 +79,29 @@ models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 results: $(SETUP)  ## run the long sweeps again (three hours)
 	$(BIN)/python -m experiments.run $(ONLY)
 
-bench: $(SETUP)  ## time everything beside peft and bitsandbytes (half an hour, quiet machine)
+bench: $(SETUP)  ## time all beside peft and bitsandbytes (half an hour, quiet machine)
 	$(OFFLINE) $(BIN)/python -m experiments.benches.methods
 	$(OFFLINE) $(BIN)/python -m experiments.benches.quantization
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)
+
+colab: $(COLAB)/.setup-done  ## run each chapter alone, as Colab does, with its versions
+	@$(COLAB)/bin/python tools/environments.py $(ONLY)
+
+$(COLAB)/.setup-done: tools/colab.txt
+	@test -x $(COLAB)/bin/python || { echo "Making $(COLAB)"; $(COLAB_PYTHON) -m venv $(COLAB); }
+	@echo "Installing Colab's versions (several minutes and GB the first time)"
+	@$(COLAB)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-r tools/colab.txt
+	@touch $@
+
+newest:  ## the same with the newest release of everything
+	@test -x $(NEWEST)/bin/python || { echo "Making $(NEWEST)"; $(PYTHON) -m venv $(NEWEST); }
+	@echo "Installing the newest releases (several minutes and GB the first time)"
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		--upgrade --upgrade-strategy eager '.[notebooks,quantization]'
+	@$(NEWEST)/bin/python tools/environments.py $(ONLY)
 
 $(HUB)/.setup-done: tools/adapterhub.txt
 	@test -x $(HUB)/bin/python || { echo "Making $(HUB)"; $(PYTHON) -m venv $(HUB); }

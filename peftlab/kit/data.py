@@ -19,26 +19,32 @@ Three promises, each held by a test. **No text has two answers**, in any pair of
 locales: two-digit years and month/day forms with slashes are never used, nor the few
 names that mean two things. **Splits are apart**: a date (as a day, in every language
 and format), an amount or a country's name belongs to train, dev or test by its
-checksum, so no test line is ever in training. **The same seed gives the same records**
-(the Babel version is pinned). Digits are Latin and the calendar is Gregorian
-everywhere, which is Babel's default."""
+checksum, so no test line is ever in training. **The same seed gives the same records**,
+whichever Babel is installed: the words of the book's sixteen languages are frozen in
+`languages.json` (`tools/languages.py` wrote it). All other languages are written as the
+installed Babel writes them. Digits are Latin and the calendar is Gregorian everywhere,
+which is Babel's default."""
 
 import datetime
 import difflib
 import functools
+import json
 import random
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 
 from babel import Locale, UnknownLocaleError, localedata
 from babel.dates import (
     format_date,
     get_date_format,
+    parse_pattern,
     tokenize_pattern,
     untokenize_pattern,
 )
-from babel.numbers import format_currency, get_currency_precision
+from babel.numbers import format_currency
+from babel.numbers import parse_pattern as parse_number_pattern
 
 KINDS = ("dates", "amounts", "countries", "render", "refuse")
 SPLITS = ("train", "dev", "test")
@@ -46,6 +52,8 @@ BASE_LANGUAGES = ("en", "fr", "es", "it", "pt", "nl", "sv", "da", "ro", "ca")
 HELD_BACK = ("de", "fi", "pl", "tr", "sw", "hu")
 # No symbol of these stands for two of them in any locale ("kr" and "R" would).
 CURRENCIES = "EUR USD GBP JPY CHF PLN HUF CZK TRY INR BRL KWD".split()
+DIGITS = {"JPY": 0, "KWD": 3}  # after the decimal point; the others have 2
+WORDS_FILE = Path(__file__).with_name("languages.json")
 FIRST_DAY, LAST_DAY = datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)
 
 # What would give a text a second answer; tests/test_data.py finds these again.
@@ -78,13 +86,75 @@ class Record:
         return f"{self.text} = {self.answer}"
 
 
+class FrozenLocale(Locale):
+    """A Babel `Locale` with the words of `languages.json`: those of Babel 2.18."""
+
+    def __init__(self, language):
+        super().__init__(language)
+        self.words = frozen_words()[language]
+
+    @functools.cached_property
+    def territories(self):
+        return self.words["countries"]
+
+    @functools.cached_property
+    def date_formats(self):
+        patterns = self.words["date_formats"]
+        return {style: parse_pattern(text) for style, text in patterns.items()}
+
+    @functools.cached_property
+    def months(self):
+        numbered = {
+            width: dict(enumerate(names, start=1))
+            for width, names in self.words["months"].items()
+        }
+        return {"format": numbered}
+
+    @functools.cached_property
+    def days(self):
+        return {
+            context: {"wide": dict(enumerate(names))}
+            for context, names in self.words["days"].items()
+        }
+
+    @functools.cached_property
+    def currency_formats(self):
+        return {"standard": parse_number_pattern(self.words["money"])}
+
+    @functools.cached_property
+    def currency_symbols(self):
+        return self.words["symbols"]
+
+    @functools.cached_property
+    def number_symbols(self):
+        frozen = {key: self.words[key] for key in ("decimal", "group")}
+        return {"latn": {**super().number_symbols["latn"], **frozen}}
+
+
+@functools.cache
+def frozen_words():
+    """{language: its words} of the languages that the book trains and tests on."""
+    return json.loads(WORDS_FILE.read_text(encoding="utf8"))["languages"]
+
+
 def locale(language):
     """Babel's `Locale` for a code such as `de`, `pt_PT` or `zh-Hans`.
 
-    Raises ValueError, with the nearest known codes, for a language Babel does not
-    know."""
+    Args:
+        language: a code; of the book's sixteen languages the words are frozen.
+
+    Returns:
+        The `Locale`.
+
+    Raises:
+        ValueError: Babel does not know the language; it names the nearest codes.
+    """
+    code = str(language).replace("-", "_")
+    if code in frozen_words():
+        return _frozen_locale(code)
+
     try:
-        return Locale.parse(str(language).replace("-", "_"))
+        return Locale.parse(code)
     except (UnknownLocaleError, ValueError, TypeError):
         known = localedata.locale_identifiers()
         near = difflib.get_close_matches(str(language), known, n=3, cutoff=0.4)
@@ -92,14 +162,18 @@ def locale(language):
         raise ValueError(f"Babel knows no language {language!r}; {hint}") from None
 
 
+@functools.cache
+def _frozen_locale(language):
+    return FrozenLocale(language)
+
+
 def split_of(key):
     """The split a date, amount or name belongs to, by checksum: 85% train, 5% dev, 10%
     test."""
-    return (
-        "test"
-        if (h := zlib.crc32(key.encode()) % 20) < 2
-        else ("dev" if h == 2 else "train")
-    )
+    twentieth = zlib.crc32(key.encode()) % 20
+    if twentieth < 2:
+        return "test"
+    return "dev" if twentieth == 2 else "train"
 
 
 def date_formats(where):
@@ -149,12 +223,27 @@ def _refuse(rng, where):
     return text, "?", f"{year}-{month:02}-{day}"
 
 
+def amount(value, code):
+    """A number as a `Decimal` with the digits of its currency: `amount(3, "EUR")` is
+    3.00."""
+    return Decimal(str(value)).quantize(Decimal(1).scaleb(-DIGITS.get(code, 2)))
+
+
+def format_amount(value, code, where):
+    """An `amount` of a currency as a `Locale` writes it.
+
+    Babel's own digits are not asked: 2.19 took the forint's away."""
+    pattern = where.currency_formats["standard"].pattern
+    decimals = "0." + "0" * DIGITS.get(code, 2)
+    pattern = pattern.replace("0.00", decimals.rstrip("."))
+    return format_currency(value, code, pattern, where, currency_digits=False)
+
+
 def _amounts(rng, where):
     code = rng.choice(CURRENCIES)
-    digits = get_currency_precision(code)
-    value = Decimal(str(10 ** rng.uniform(0, 5))).quantize(Decimal(1).scaleb(-digits))
+    value = amount(10 ** rng.uniform(0, 5), code)
     answer = f"{value} {code}"
-    return format_currency(value, code, locale=where), answer, answer
+    return format_amount(value, code, where), answer, answer
 
 
 @functools.cache

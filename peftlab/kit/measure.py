@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -199,6 +199,17 @@ def _synchronize():
         torch.cuda.synchronize()
 
 
+def versions(names=LIBRARIES):
+    """{name: version} of the libraries that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def machine():
     """What the figures were measured on, for a results file: cores, threads,
     versions."""
@@ -209,7 +220,7 @@ def machine():
         vectors=torch.backends.cpu.get_cpu_capability(),
         gpu=gpu,
         python=platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **versions(),
     )
 
 

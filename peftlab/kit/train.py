@@ -45,6 +45,27 @@ def batches(records, size, seed=0):
         queue = queue[size:]
 
 
+def checkpoint_activations(model, **settings):
+    """Have a transformers model store only what goes into each layer.
+
+    The rest is computed a second time on the way back. transformers 5.23 renamed its
+    method for this; both names are tried.
+
+    Args:
+        model: a transformers model; it is changed in place.
+        **settings: of `torch.utils.checkpoint`, such as `use_reentrant=False`.
+
+    Returns:
+        The same model.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = model.gradient_checkpointing_enable
+
+    enable(settings or None)
+    return model
+
+
 def train(
     model,
     tokenizer,
