@@ -160,7 +160,7 @@ class Int8Linear(nn.Module):
     def __init__(self, base, threshold=6.0):
         super().__init__()
         _check_threshold(threshold)
-        _check_base(base)
+        surgery.refuse_unpackable(base)
         q = quantize(surgery.weight(base), dim=-1)
         empty = base.weight.new_empty(0)  # has the dtype, and moves and casts along
 
@@ -272,14 +272,3 @@ def _check_sharing(x, dim, blocksize):
 def _check_threshold(threshold):
     if type(threshold) not in (int, float) or not 0 <= threshold <= 1e300:
         raise ValueError(f"threshold: a number of at least 0, not {threshold!r:.60}")
-
-
-def _check_base(base):
-    """ValueError unless the layer is W x + b with a weight and a bias of its own."""
-    W = getattr(base, "_parameters", {}).get("weight")
-    if W is None or surgery.shape(base) is None or hasattr(W, "quant_state"):
-        raise ValueError(f"a plain linear can be packed, not {type(base).__name__}")
-    if not surgery.is_plain(base):
-        raise ValueError(f"a {type(base).__name__} computes more than W x + b")
-    if base._forward_hooks or base._forward_pre_hooks:
-        raise ValueError("the linear has forward hooks, which packing would drop")

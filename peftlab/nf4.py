@@ -169,7 +169,7 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
 
     n = weight.numel()
     high = indices[:n:2]
-    low = indices[1 : n + 1 : 2]  # the last one, where n is odd, belongs to a padding
+    low = indices[1 : n + 1 : 2]  # where n is odd, the last one is a padding zero's
     codes = (high << 4 | low)[:, None]  # (n / 2, 1)
 
     nested_absmax = offset = None
@@ -314,7 +314,7 @@ class NF4Linear(Packed):
     def __init__(
         self, base, blocksize=64, double_quant=False, compute_dtype=None, code=NF4
     ):
-        _check_base(base)
+        surgery.refuse_unpackable(base)
         _check_float("compute_dtype", compute_dtype)
         packed = quantize(surgery.weight(base), blocksize, code, double_quant)
 
@@ -344,7 +344,7 @@ class NF4Linear(Packed):
 
         if torch.compiler.is_compiling():  # a trace of _Product would keep W
             y = checkpoint(_multiply, y, self, use_reentrant=False)
-        else:  # by their names now: buffers may be swapped or moved before backward
+        else:  # a snapshot: buffers may be swapped or moved before backward
             q = SimpleNamespace(
                 shape=self.shape, blocksize=self.blocksize, **self._buffers
             )
@@ -404,14 +404,3 @@ def _check_finite(what, t):
 def _check_float(what, dtype):
     if dtype is not None and dtype not in (*FLOATS, torch.float64):
         raise ValueError(f"{what}: a float of 16 bits or more, or None, not {dtype!r}")
-
-
-def _check_base(base):
-    """ValueError unless the layer is W x + b with a weight and a bias of its own."""
-    W = getattr(base, "_parameters", {}).get("weight")
-    if W is None or surgery.shape(base) is None or hasattr(W, "quant_state"):
-        raise ValueError(f"a plain linear can be packed, not {type(base).__name__}")
-    if not surgery.is_plain(base):
-        raise ValueError(f"a {type(base).__name__} computes more than W x + b")
-    if base._forward_hooks or base._forward_pre_hooks:
-        raise ValueError("the linear has forward hooks, which packing would drop")

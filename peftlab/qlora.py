@@ -65,7 +65,8 @@ def add(
     """
     surgery.refuse_carried(model)
     linears = surgery.select(model, "all-linear")
-    paths = {layer: path for path, layer in model.named_modules()}
+    plain_model = surgery.uncompiled(model)  # in which no name begins with _orig_mod
+    paths = {layer: path for path, layer in plain_model.named_modules()}
 
     packed = {}
     for layer in linears:

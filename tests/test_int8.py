@@ -8,11 +8,7 @@ import copy
 import io
 import logging
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from unittest.mock import patch
 
 import bitsandbytes
@@ -32,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 from peftlab import int8 as reference
@@ -100,7 +97,7 @@ def spread(q):
 
 @contextmanager
 def another_cpu():
-    """As on a processor without AVX512; test_an_older_processor has a real one."""
+    """As on a processor without AVX512."""
     with patch.object(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"):
         yield
 
@@ -209,7 +206,7 @@ def test_no_magnitude_is_too_small_or_too_large(int8):
 
 SHARING = ({}, dict(dim=-1), dict(dim=0), *({"blocksize": n} for n in (1, 3, 8)))
 EVERY = settings(
-    max_examples=500, deadline=None, derandomize=True, report_multiple_bugs=False
+    max_examples=150, deadline=None, derandomize=True, report_multiple_bugs=False
 )
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TIES = st.sampled_from([0.0, 0.5, 1.5, 2.5, 127.0])  # beside 127, a half is a tie
@@ -546,41 +543,54 @@ def test_lora_trains_over_int8_and_merge_refuses_it(int8):
 
 # Bad input: one sentence each
 
-NAN = torch.tensor([1.0, math.nan])
+ONES = torch.ones(2, 2)
 BAD = {
-    "NaN": (NAN, {}),
-    "infinity": (torch.tensor([1.0, math.inf]), {}),
-    "-infinity in one row": (torch.tensor([[1.0], [-math.inf]]), dict(dim=-1)),
-    "NaN in the last block": (torch.tensor([1.0, 1.0, math.nan]), dict(blocksize=2)),
-    "float64 beyond float32": (torch.tensor([1e300], dtype=torch.float64), {}),
-    "integers": (torch.arange(4), {}),
-    "booleans": (torch.ones(4) > 0, {}),
-    "complex": (torch.ones(4, dtype=torch.complex64), {}),
-    "a list": ([1.0, 2.0], {}),
-    "None": (None, {}),
-    "empty": (torch.zeros(0), {}),
-    "no columns": (torch.zeros(3, 0), dict(dim=-1)),
-    "dim=2": (torch.ones(2, 2), dict(dim=2)),
-    "dim=-3": (torch.ones(2, 2), dict(dim=-3)),
-    "dim=True": (torch.ones(2, 2), dict(dim=True)),
-    "dim=1.0": (torch.ones(2, 2), dict(dim=1.0)),
-    "dim='rows'": (torch.ones(2, 2), dict(dim="rows")),
-    "dim=(0, 1)": (torch.ones(2, 2), dict(dim=(0, 1))),
-    "dim of a scalar": (torch.tensor(1.0), dict(dim=0)),
-    "blocksize=0": (torch.ones(2, 2), dict(blocksize=0)),
-    "blocksize=-1": (torch.ones(2, 2), dict(blocksize=-1)),
-    "blocksize=64.0": (torch.ones(2, 2), dict(blocksize=64.0)),
-    "blocksize=True": (torch.ones(2, 2), dict(blocksize=True)),
-    "dim and blocksize": (torch.ones(2, 2), dict(dim=0, blocksize=2)),
+    "holds no NaN": [
+        *((torch.tensor([1.0, v]), {}) for v in (math.nan, math.inf)),
+        (torch.tensor([[1.0], [-math.inf]]), dict(dim=-1)),
+        (torch.tensor([1.0, 1.0, math.nan]), dict(blocksize=2)),
+        (torch.tensor([1e300], dtype=torch.float64), {}),
+    ],
+    "must be a": [
+        *((x, {}) for x in (torch.arange(4), ONES > 0, [1.0, 2.0], None)),
+        *((ONES.to(t), {}) for t in (torch.complex64, torch.float8_e4m3fn)),
+        *((x, dict(dim=-1)) for x in (ONES[:0], ONES[:, :0], ONES.to_sparse())),
+    ],
+    "has no dim": [
+        *((ONES, dict(dim=d)) for d in (2, -3, 10**400, True, 1.0, "rows", (0, 1))),
+        (torch.tensor(1.0), dict(dim=0)),
+    ],
+    "blocksize is a whole": [
+        (ONES, dict(blocksize=n)) for n in (0, -1, -(10**400), 64.0, True, "64")
+    ],
+    "not both": [(ONES, dict(dim=0, blocksize=2))],
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence(case):
-    x, how = BAD[case]
-    with pytest.raises(ValueError) as error:
-        reference.quantize(x, **how)
-    assert_one_sentence(error)
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_sentence(words):
+    for x, how in BAD[words]:
+        with pytest.raises(ValueError, match=words) as error:
+            reference.quantize(x, **how)
+        assert_one_sentence(error)
+
+
+def test_a_block_may_be_longer_than_the_tensor(int8):
+    x, one = randn(3, 4), int8.quantize(randn(3, 4))
+    for n in (12, 13, 2**40, 10**400):
+        q = int8.quantize(x, blocksize=n)
+        assert torch.equal(q.codes, one.codes) and q.absmax.shape == (1, 1)
+        assert torch.equal(int8.dequantize(q), int8.dequantize(one))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Renamed(nn.Linear):  # Falcon's: a forward of its own, and yet W x + b
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
 
 
 def spoiled(value):
@@ -589,39 +599,87 @@ def spoiled(value):
     return base
 
 
-BAD_LAYERS = {
-    "threshold=-1": lambda: reference.Int8Linear(plain(), -1),
-    "threshold=nan": lambda: reference.Int8Linear(plain(), math.nan),
-    "threshold=inf": lambda: reference.Int8Linear(plain(), math.inf),
-    "threshold='6'": lambda: reference.Int8Linear(plain(), "6"),
-    "threshold=None": lambda: reference.Int8Linear(plain(), None),
-    "threshold=True": lambda: reference.Int8Linear(plain(), True),
-    "a norm": lambda: reference.Int8Linear(nn.LayerNorm(4)),
-    "an embedding": lambda: reference.Int8Linear(nn.Embedding(4, 4)),
-    "a convolution": lambda: reference.Int8Linear(nn.Conv1d(4, 4, 1)),
-    "a tensor": lambda: reference.Int8Linear(torch.ones(2, 2)),
-    "None": lambda: reference.Int8Linear(None),
-    "LoRA": lambda: reference.Int8Linear(lora.add(nn.Sequential(plain()), ["0"])[0]),
-    "int8 twice": lambda: reference.Int8Linear(reference.Int8Linear(plain())),
-    "bitsandbytes' 4 bits": lambda: reference.Int8Linear(
-        bitsandbytes.nn.Linear4bit(64, 64).to("cpu")
-    ),
-    "bitsandbytes' 8 bits": lambda: reference.Int8Linear(
-        bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
-    ),
-    "NaN in the weight": lambda: reference.Int8Linear(spoiled(math.nan)),
-    "infinity in the weight": lambda: reference.Int8Linear(spoiled(math.inf)),
-    "another width": lambda: reference.Int8Linear(plain())(torch.ones(2, 12)),
-    "a scalar": lambda: reference.Int8Linear(plain())(torch.tensor(1.0)),
-    "integers": lambda: reference.Int8Linear(plain())(torch.ones(2, 24).long()),
+def hooked(kind):
+    base = plain()
+    getattr(base, f"register_forward_{kind}")(lambda *a: None)
+    return base
+
+
+def cast(dtype):
+    base = plain()
+    base.weight = nn.Parameter(base.weight.data.to(dtype), requires_grad=False)
+    return base
+
+
+def linear4bit():
+    return bitsandbytes.nn.Linear4bit(64, 64).to("cpu")
+
+
+def linear8bit():
+    return bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
+
+
+BAD_BASES = {
+    "plain linear": [
+        *(lambda: nn.LayerNorm(4), lambda: nn.Embedding(4, 4), lambda: None),
+        *(lambda: nn.Conv1d(4, 4, 1), lambda: ONES, lambda: nn.LazyLinear(4)),
+        lambda: lora.add(nn.Sequential(plain()), ["0"])[0],
+    ],
+    "a packed": [
+        *(lambda: reference.Int8Linear(plain()), linear4bit, linear8bit),
+        lambda: cast(torch.float8_e5m2),
+    ],
+    "computed": [
+        lambda: prune.l1_unstructured(plain(), "weight", 0.5),
+        lambda: parametrizations.weight_norm(plain()),
+    ],
+    "NaN": [lambda: spoiled(math.nan), lambda: spoiled(math.inf)],
+    "more than W x": [lambda: Scaled(24, 10)],
+    "hooks": [lambda: hooked("hook"), lambda: hooked("pre_hook")],
 }
 
 
-@pytest.mark.parametrize("case", BAD_LAYERS)
-def test_a_bad_layer_gets_one_sentence(case):
-    with pytest.raises(ValueError) as error:
-        BAD_LAYERS[case]()
-    assert_one_sentence(error)
+def test_a_base_that_cannot_be_packed_gets_one_sentence(int8):
+    for words, builds in BAD_BASES.items():
+        for build in builds:
+            with pytest.raises(ValueError, match=words) as error:
+                int8.Int8Linear(build())
+            assert_one_sentence(error)
+
+
+def test_a_class_of_its_own_that_is_a_plain_product_is_packed(int8):
+    base = Renamed(24, 10)
+    try:
+        gap = int8.Int8Linear(base)(activations()) - base(activations())
+    except ValueError as error:
+        pytest.fail(f"it is refused: {error}")
+    assert gap.abs().max() < 0.2
+
+
+def test_a_bad_threshold_gets_one_sentence():
+    for value in (-1, math.nan, math.inf, 10**400, "6", None, True):
+        for call in (reference.Int8Linear, reference.decompose):
+            with pytest.raises(ValueError, match="threshold") as error:
+                call(plain() if call is reference.Int8Linear else ONES, value)
+            assert_one_sentence(error)
+
+
+def test_a_bad_input_gets_one_sentence(int8):
+    layer = int8.Int8Linear(plain())
+    x = torch.ones(2, 24)
+    bad = [x[:, :12], torch.tensor(1.0), x.long(), x > 0, x.to(torch.float8_e4m3fn)]
+    for x in bad:
+        with pytest.raises(ValueError, match="must be floats") as error:
+            layer(x)
+        assert_one_sentence(error)
+    for x in (None, ONES[0], ONES.int(), [[1.0]]):
+        with pytest.raises(ValueError, match="a matrix") as error:
+            int8.decompose(x, 6.0)
+        assert_one_sentence(error)
+    for q in (None, ONES, (ONES, ONES)):
+        with pytest.raises(ValueError, match="what quantize made") as error:
+            int8.dequantize(q)
+        assert_one_sentence(error)
 
 
 # The oracle: bitsandbytes
@@ -640,28 +698,18 @@ def theirs(base, threshold):
     return layer.to("cpu").eval()
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (5, 7), (16, 24), (64, 333), (512, 1024)])
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_have_the_librarys_codes_and_stats(shape, seed):
-    x = randn(*shape, seed=seed, dtype=torch.float16) * 10 ** (seed - 1)
-    codes, stats, columns = int8_vectorwise_quant(x.clone())
-    q = reference.quantize(x, dim=-1)
-    assert columns is None and torch.equal(q.codes, codes)
-    assert torch.equal(q.absmax.flatten(), stats)
-    torch.testing.assert_close(
-        reference.dequantize(q).float(),
-        int8_vectorwise_dequant(codes, stats).half().float(),
-        rtol=1e-3,
-        atol=1e-6,
-    )
-
-
-def test_a_row_of_zeros_has_the_librarys_codes_and_stats():
-    x = torch.zeros(3, 8).half()
-    x[1] = randn(8)
-    codes, stats, _ = int8_vectorwise_quant(x.clone())
-    q = reference.quantize(x, dim=-1)
-    assert torch.equal(q.codes, codes) and torch.equal(q.absmax.flatten(), stats)
+def test_rows_have_the_librarys_codes_and_stats():
+    shapes = ((1, 8), (5, 7), (16, 24), (64, 333), (512, 1024))
+    xs = [randn(*s, dtype=torch.float16) * z for s in shapes for z in (0.1, 1, 10)]
+    zeros = torch.zeros(3, 8).half()
+    zeros[1] = randn(8)
+    for x in (*xs, zeros):
+        codes, stats, columns = int8_vectorwise_quant(x.clone())
+        q = reference.quantize(x, dim=-1)
+        assert columns is None and torch.equal(q.codes, codes)
+        assert torch.equal(q.absmax.flatten(), stats)
+        got, want = reference.dequantize(q), int8_vectorwise_dequant(codes, stats)
+        torch.testing.assert_close(got, want.half(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("outliers", [(), (3,), (0, 3, 17, 23)])
@@ -704,14 +752,10 @@ def test_a_layer_answers_as_the_librarys(dtype, outliers, threshold):
     torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=4 * eps, atol=4 * eps)
 
 
-# The tolerances of bitsandbytes' own tests: tests/test_autograd.py, test_matmullt (all
-# but a share within 0.01 + 0.1 |y|, all but a thousandth within 0.035 + 0.2 |y|), with
-# outliers of exactly 6 in an eighth of the columns; and tests/test_linear8bitlt.py,
-# test_linear_no_igemmlt (0.02, 0.03, gradient 0.01), which plants none: we do.
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_product_is_within_the_librarys_tolerance_of_the_exact_one(dtype):
+    """That of bitsandbytes' tests/test_autograd.py, test_matmullt, with outliers of
+    exactly 6 in an eighth of the columns."""
     for seed in range(3):
         base = nn.Linear(32, 48)
         dice = torch.Generator().manual_seed(seed)
@@ -733,49 +777,6 @@ def test_outliers_cost_what_they_cost_the_library(threshold):
     ours = (reference.Int8Linear(base, threshold)(x) - exact).std()
     want = (theirs(base, threshold)(x) - exact).std()
     assert abs(ours / want - 1) < 0.02
-
-
-@pytest.mark.parametrize("outliers", [(), (5,), (5, 900)])
-def test_a_wide_layer_is_within_the_librarys_tolerance_of_float16(outliers):
-    base = nn.Linear(1024, 3072)
-    for i, p in enumerate(base.parameters()):
-        p.data.uniform_(-1 / 32, 1 / 32, generator=torch.Generator().manual_seed(i))
-    base = base.half()
-    xs = [activations(3, 1024, outliers, 20.0, torch.float16) for _ in range(2)]
-    exact, got = (
-        base(xs[0].requires_grad_(True)),
-        reference.Int8Linear(base)(xs[1].requires_grad_(True)),
-    )
-    grad = randn(*got.shape, seed=4, dtype=torch.float16)
-    for y in (exact, got):
-        (y.float() * grad.float()).mean().backward()
-    far = ~torch.isclose(got.float(), exact.float(), atol=0.02, rtol=1e-5)
-    assert far.float().mean() < 2.5e-4
-    torch.testing.assert_close(got, exact, atol=0.03, rtol=1e-5)
-    torch.testing.assert_close(xs[1].grad, xs[0].grad, atol=0.01, rtol=1e-5)
-    largest = xs[0].grad.abs().max()  # that bound alone would prove nothing
-    assert (xs[1].grad - xs[0].grad).abs().max() < 0.05 * largest
-    naive = ~torch.isclose(reference.Int8Linear(base, 0)(xs[1]), exact, atol=0.03)
-    assert naive.any() == bool(outliers), "without the threshold it is not within it"
-
-
-def test_an_older_processor_gives_the_same_numbers():
-    script = """
-import torch
-from peftlab import int8
-assert torch.backends.cpu.get_cpu_capability() != "AVX512"
-a, b = (torch.randint(-127, 128, s).to(torch.int8) for s in ((33, 2100), (17, 2100)))
-a[0], b[0] = 127, 127
-assert torch.equal(int8._multiply(a, b).long(), a.long() @ b.long().T)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"},
-        cwd=Path(reference.__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
 
 
 # int8.py copied alone, for tests/test_standalone.py
@@ -800,237 +801,197 @@ assert torch.allclose(x.grad, layer.weight.sum(0).expand(4, 10))
 
 # Broken copies, for tests/test_mutations.py
 
-CODES = test_a_code_is_127_x_over_absmax_rounded_half_to_even
-DIMS = test_each_slice_along_dim_has_an_absmax_of_its_own
-BLOCKS = test_each_block_of_the_flat_tensor_has_an_absmax_of_its_own
-BACK = test_going_back_gives_codes_times_absmax_over_127
-ZEROS = test_zeros_stay_zeros
-EXTREMES = test_no_magnitude_is_too_small_or_too_large
-ROUND_TRIP = test_the_round_trip_is_within_half_a_step
-SIGNS = test_signs_and_scales_leave_the_codes_alone
-COLUMNS = test_columns_with_a_large_value_are_taken_out
-EQUATION = test_a_layer_computes_equation_8
-OUTLIERS = test_outliers_cost_little_with_the_threshold_and_much_without
-EXACT = test_the_integer_product_is_exact_for_any_shape
-SHAPES = test_any_leading_shape_and_float_goes_through
-AUTOCAST = test_autocast_changes_no_number
-NOT_A_NUMBER = test_not_a_number_stays_in_its_row
-GRADIENT = test_the_gradient_is_that_of_the_dequantized_weight
-KEPT = test_backward_keeps_no_input_and_no_float_weight
-FROZEN = test_the_base_is_left_alone_and_the_layer_is_frozen
-WEIGHT = test_the_weight_is_made_anew_with_a_warning_on_it
-CAST = test_a_cast_of_the_model_spares_codes_and_absmax
-COPIES = test_copies_and_stored_states_give_the_same_numbers
-CONV1D = test_gpt2s_conv1d_is_stored_as_out_by_in
-WHOLE = test_whole_models_keep_their_function
-LORA = test_lora_trains_over_int8_and_merge_refuses_it
-
 ROUND = "(x.float() * grow).mul_(scale).round_().to(torch.int8)"
-SCALE = "scale = 127 / (absmax * grow).clamp(min=2**-100)"
 GROW = "grow = torch.where(absmax < 2**-100, 2.0**100, 1.0)"
-AMAX = "values.abs().amax(() if axis is None else axis, keepdim=True).float()"
+AMAX = "values.abs().amax(axis, keepdim=True).float()"
+MISSING = "-x.numel() % size"
 BACKWARDS = "codes.float().div_(127).mul_(q.absmax)"
-RESCALED = "* (rest.absmax / 127) * (absmax.T / 127)"
-SUM = "(y if bias is None else y.add_(bias)).to(x.dtype)"
+RESCALED = "y * (rest.absmax / 127) * (absmax.T / 127)"
 SPLIT = "zip(a.split(1040, 1), b.split(1040, 1), strict=True)"
-GRAD = "w = dequantize(Quantized(*ctx.saved_tensors, grad.dtype))"
+EXACT = "(p.float() @ q.float().T).int()"
+SAVED = "codes, absmax = ctx.saved_tensors"
 SAVE = "ctx.save_for_backward(codes, absmax)"
-PLAIN_APPLY = "return super()._apply(fn)"
-APPLY = "return super()._apply(lambda t: t.to(fn(t).device) if t is m else fn(t))"
 BUFFER = 'self.register_buffer("absmax", q.absmax)'
-BIAS = "nn.Parameter(base.bias.data, False)"
-SIZES = "(self.out_features, self.in_features),"
-EXCHANGED = "(self.in_features, self.out_features),"
-QUIET = "with torch.autocast(x.device.type, enabled=False):"
+BIAS = "nn.Parameter(base.bias.data, requires_grad=False)"
+SMALL = "is_small = size < (threshold or torch.inf)"
+COLUMNS = "is_small.all(0).logical_not()"
+AT_LEAST = "(size >= (threshold or torch.inf)).any(0)"
+ROWS = "size.amax(-1, keepdim=True)"
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "outlier columns meet weights in float32": (
-        test_outlier_columns_meet_weights_rounded_to_their_dtype,
-        {"absmax, x.dtype))": "absmax, torch.float32))"},
-    ),
-    "one input goes the library's wrong way": (
-        EXACT,
-        {" if len(b.T) > 1 else a.int() * b.T": ""},
-    ),
-    "the codes are cut off, not rounded": (CODES, {"round_()": "trunc_()"}),
-    "halves are rounded up": (CODES, {"round_()": "add_(0.5).floor_()"}),
-    "absmax becomes 128": (CODES, {"scale = 127 /": "scale = 128 /"}),
-    "only 7 bits are used": (CODES, {"scale = 127 /": "scale = 63 /"}),
-    "the code is unsigned": (CODES, {"return " + ROUND: f"return {ROUND}.abs()"}),
-    "the largest takes the place of absmax": (SIGNS, {"values.abs()": "values"}),
-    "signs are rounded apart": (SIGNS, {"round_()": "add_(0.5).floor_()"}),
-    "the codes are counted by the mean": (
-        ROUND_TRIP,
-        {AMAX: AMAX.replace("amax(() if axis is None else axis", "mean(axis")},
-    ),
-    "dim is ignored": (DIMS, {AMAX: "values.abs().amax().float()"}),
-    "dim is what is kept": (
-        DIMS,
-        {"() if axis is None else axis,": "[d for d in range(x.dim()) if d != axis],"},
-    ),
-    "the blocks run over columns": (BLOCKS, {"pad(x.flatten()": "pad(x.mT.flatten()"}),
-    "the last block is dropped": (
-        BLOCKS,
-        {"(0, -x.numel() % n)": "(0, -(x.numel() % n))"},
-    ),
-    "a block too many": (BLOCKS, {"(0, -x.numel() % n)": "(0, n - x.numel() % n)"}),
-    "going back divides by 128": (BACK, {"div_(127)": "div_(128)"}),
-    "going back forgets absmax": (BACK, {".mul_(q.absmax)": ""}),
-    "absmax is kept in 16 bits": (BACK, {"keepdim=True).float()": "keepdim=True)"}),
-    "what comes back is float32": (BACK, {".to(q.dtype)": ""}),
-    "zeros get an absmax of their own": (ZEROS, {AMAX: f"{AMAX}.clamp(min=1e-8)"}),
-    "127 / absmax overflows": (EXTREMES, {GROW: "grow = 1.0"}),
-    "codes * absmax overflows": (
-        EXTREMES,
-        {BACKWARDS: "codes.float().mul_(q.absmax).div_(127)"},
-    ),
-    "rounding costs a whole step": (ROUND_TRIP, {"round_()": "floor_()"}),
-    "one outlier in a row is too few": (COLUMNS, {".all(0)": ".any(0)"}),
-    "the threshold itself is no outlier": (
-        COLUMNS,
-        {"(size < limit).all": "(size <= limit).all"},
-    ),
-    "only positive outliers are seen": (
-        COLUMNS,
-        {"size, limit = x.abs()": ("size, limit = x.clone()")},
-    ),
-    "the input is written into": (COLUMNS, {"limit = x.abs()": "limit = x.abs_()"}),
-    "outlier columns count twice": (
-        COLUMNS,
-        {".index_fill_(1, columns, 0)": ""},
-    ),
-    "an outlier coarsens its row": (
-        COLUMNS,
-        {"(some := size[:, columns]).where(some < limit, 0)": "size[:, columns]"},
-    ),
-    "threshold 0 takes out every column": (
-        COLUMNS,
-        {"threshold or torch.inf": ("threshold")},
-    ),
-    "the rows share one absmax": (
-        COLUMNS,
-        {"size.amax(-1, keepdim=True)": "size.amax().expand(len(x), 1)"},
-    ),
-    "the weight has one absmax": (EQUATION, {"else w, dim=-1)": "else w)"}),
-    "the product is not rescaled by rows of x": (
-        EQUATION,
-        {RESCALED: "* (absmax.T / 127)"},
-    ),
-    "the product is not rescaled by rows of W": (
-        EQUATION,
-        {RESCALED: "* (rest.absmax / 127)"},
-    ),
-    "127 is forgotten once": (EQUATION, {RESCALED: "* rest.absmax * (absmax.T / 127)"}),
-    "outliers are dropped": (EQUATION, {"if len(columns):": "if False:"}),
-    "the bias is dropped": (EQUATION, {SUM: "y.to(x.dtype)"}),
-    "the threshold is ignored": (
-        OUTLIERS,
-        {"decompose(x, threshold)\n            y": "decompose(x, 0)\n            y"},
-    ),
-    "float32 sums grow too long": (EXACT, {SPLIT: SPLIT.replace("1040", "4096")}),
-    "float32 sums are added in float32": (
-        EXACT,
-        {"(p.float() @ q.float().T).int()": "p.float() @ q.float().T"},
-    ),
-    "sums in bfloat16": (
-        EXACT,
-        {"(p.float() @ q.float().T)": "(p.bfloat16() @ q.bfloat16().T)"},
-    ),
-    "the answer is in float32": (SHAPES, {SUM: SUM.removesuffix(".to(x.dtype)")}),
-    "leading shapes are lost": (
-        SHAPES,
-        {"y.view(*x.shape[:-1], self.out_features)": "y"},
-    ),
-    "autocast rounds the sums": (AUTOCAST, {QUIET: "if True:"}),
-    "NaN is hidden": (
-        NOT_A_NUMBER,
-        {
-            "(size < limit).all(0).logical_not()": "(size >= limit).any(0)",
-            "size.amax(-1": "size.nan_to_num(0).amax(-1",
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_a_code_is_127_x_over_absmax_rounded_half_to_even: {
+        "the codes are cut off, not rounded": {"round_()": "trunc_()"},
+        "halves are rounded up": {"round_()": "add_(0.5).floor_()"},
+        "absmax becomes 128": {"scale = 127 /": "scale = 128 /"},
+        "only 7 bits are used": {"scale = 127 /": "scale = 63 /"},
+        "the code is unsigned": {ROUND: f"{ROUND}.abs()"},
+    },
+    test_each_slice_along_dim_has_an_absmax_of_its_own: {
+        "dim is ignored": {AMAX: "values.abs().amax().float()"},
+        "dim is what is kept": {
+            AMAX: "values.abs().amax([d for d in range(x.dim()) if d != axis], "
+            "keepdim=True).float()"
         },
-    ),
-    "NaN spreads to other rows": (
-        NOT_A_NUMBER,
-        {
-            "size.amax(-1, keepdim=True)": "size.amax().expand(len(x), 1)",
-            "(size < limit).all(0).logical_not()": "(size >= limit).any(0)",
+    },
+    test_each_block_of_the_flat_tensor_has_an_absmax_of_its_own: {
+        "the blocks run over columns": {"pad(x.flatten()": "pad(x.mT.flatten()"},
+        "the last block is dropped": {MISSING: "-(x.numel() % size)"},
+        "a block too many": {MISSING: "size - x.numel() % size"},
+    },
+    test_a_block_may_be_longer_than_the_tensor: {
+        "a long block is filled up": {"min(blocksize, x.numel())": "blocksize"},
+    },
+    test_going_back_gives_codes_times_absmax_over_127: {
+        "going back divides by 128": {"div_(127)": "div_(128)"},
+        "going back forgets absmax": {".mul_(q.absmax)": ""},
+        "absmax is kept in 16 bits": {"keepdim=True).float()": "keepdim=True)"},
+        "what comes back is float32": {".to(q.dtype)": ""},
+    },
+    test_zeros_stay_zeros: {
+        "zeros get an absmax of their own": {AMAX: f"{AMAX}.clamp(min=1e-8)"},
+    },
+    test_no_magnitude_is_too_small_or_too_large: {
+        "127 / absmax overflows": {GROW: "grow = 1.0"},
+        "codes * absmax overflows": {
+            BACKWARDS: "codes.float().mul_(q.absmax).div_(127)"
         },
-    ),
-    "the gradient passes no absmax": (
-        GRADIENT,
-        {GRAD: "w = ctx.saved_tensors[0].to(grad.dtype)"},
-    ),
-    "the gradient is zero, as rounding's is": (
-        GRADIENT,
-        {"return grad @ w": "return 0 * grad @ w"},
-    ),
-    "a trained bias gets no gradient": (
-        GRADIENT,
-        {"if ctx.needs_input_grad[1]": "if False"},
-    ),
-    "the bias trains": (GRADIENT, {BIAS: "nn.Parameter(base.bias.data)"}),
-    "the float weight is kept for backward": (
-        KEPT,
-        {
-            SAVE: "w = dequantize(Quantized(codes, absmax, x.dtype))\n"
-            "        ctx.save_for_backward(w)",
-            GRAD: "w, = ctx.saved_tensors",
+    },
+    test_the_round_trip_is_within_half_a_step: {
+        "the codes are counted by the mean": {
+            "values.abs().amax(axis": "values.abs().mean(axis"
         },
-    ),
-    "the input is kept for backward": (
-        KEPT,
-        {
-            SAVE: "ctx.save_for_backward(codes, absmax, x)",
-            "*ctx.saved_tensors,": "*ctx.saved_tensors[:2],",
+        "rounding costs a whole step": {"round_()": "floor_()"},
+    },
+    test_signs_and_scales_leave_the_codes_alone: {
+        "the largest takes the place of absmax": {"values.abs()": "values"},
+        "signs are rounded apart": {"round_()": "add_(0.5).floor_()"},
+    },
+    test_outlier_columns_meet_weights_rounded_to_their_dtype: {
+        "outlier columns meet weights in float32": {
+            "absmax, x.dtype))": "absmax, torch.float32))"
         },
-    ),
-    "the base is frozen too": (
-        FROZEN,
-        {BIAS: "base.bias.requires_grad_(False)"},
-    ),
-    "the layer is in train mode": (FROZEN, {"self.training = base.training": "pass"}),
-    "in and out are exchanged": (FROZEN, {SIZES: EXCHANGED}),
-    "merging is not warned": (WEIGHT, {"w.quant_state = q": "pass"}),
-    "the weight is in float32": (
-        WEIGHT,
-        {"self.absmax, self.like.dtype))": "self.absmax, torch.float32))"},
-    ),
-    "the float weight is stored along": (
-        WEIGHT,
-        {BUFFER: (f'{BUFFER}; self.register_buffer("w", w.data)')},
-    ),
-    "a cast rounds absmax": (CAST, {APPLY: PLAIN_APPLY}),
-    "absmax stays on its device": (CAST, {"t.to(fn(t).device)": "t"}),
-    "the weight's dtype does not follow a cast": (
-        CAST,
-        {
+    },
+    test_columns_with_a_large_value_are_taken_out: {
+        "one outlier in a row is too few": {".all(0)": ".any(0)"},
+        "the threshold itself is no outlier": {SMALL: SMALL.replace("<", "<=")},
+        "only positive outliers are seen": {"size = x.abs()": "size = x.clone()"},
+        "the input is written into": {"size = x.abs()": "size = x.abs_()"},
+        "outlier columns count twice": {".index_fill_(1, columns, 0)": ""},
+        "an outlier coarsens its row": {".where(is_small[:, columns], 0)": ""},
+        "threshold 0 takes out every column": {"threshold or torch.inf": "threshold"},
+        "the rows share one absmax": {ROWS: "size.amax().expand(len(x), 1)"},
+    },
+    test_a_layer_computes_equation_8: {
+        "the weight has one absmax": {"_weight(base), dim=-1)": "_weight(base))"},
+        "the product is not rescaled by rows of x": {RESCALED: "y * (absmax.T / 127)"},
+        "the product is not rescaled by rows of W": {
+            RESCALED: "y * (rest.absmax / 127)"
+        },
+        "127 is forgotten once": {RESCALED: "y * rest.absmax * (absmax.T / 127)"},
+        "outliers are dropped": {"if len(columns):": "if False:"},
+        "the bias is dropped": {"y.add_(bias)": "pass"},
+    },
+    test_outliers_cost_little_with_the_threshold_and_much_without: {
+        "the threshold is ignored": {
+            "decompose(x, threshold)\n            y": "decompose(x, 0)\n            y"
+        },
+    },
+    test_the_integer_product_is_exact_for_any_shape: {
+        "one input goes the library's wrong way": {"if a.shape[1] == 1:": "if False:"},
+        "float32 sums grow too long": {SPLIT: SPLIT.replace("1040", "4096")},
+        "float32 sums are added in float32": {EXACT: EXACT.removesuffix(".int()")},
+        "sums in bfloat16": {EXACT: "(p.bfloat16() @ q.bfloat16().T).int()"},
+    },
+    test_any_leading_shape_and_float_goes_through: {
+        "the answer is in float32": {"return y.to(x.dtype)": "return y"},
+        "leading shapes are lost": {"y.view(*x.shape[:-1], self.out_features)": "y"},
+    },
+    test_autocast_changes_no_number: {
+        "autocast rounds the sums": {
+            "with torch.autocast(x.device.type, enabled=False):": "if True:"
+        },
+    },
+    test_not_a_number_stays_in_its_row: {
+        "NaN is hidden": {COLUMNS: AT_LEAST, "size.amax(": "size.nan_to_num(0).amax("},
+        "NaN spreads to other rows": {
+            ROWS: "size.amax().expand(len(x), 1)",
+            COLUMNS: AT_LEAST,
+        },
+    },
+    test_the_gradient_is_that_of_the_dequantized_weight: {
+        "the gradient passes no absmax": {
+            "w = dequantize(Quantized(codes, absmax, grad.dtype))": "w = codes.to("
+            "grad.dtype)"
+        },
+        "the gradient is zero, as rounding's is": {"grad @ w": "0 * grad @ w"},
+        "a trained bias gets no gradient": {"if ctx.needs_input_grad[1]": "if False"},
+        "the bias trains": {BIAS: "nn.Parameter(base.bias.data)"},
+    },
+    test_backward_keeps_no_input_and_no_float_weight: {
+        "the float weight is kept for backward": {
+            SAVE: f"{SAVE[:-1]}, dequantize(Quantized(codes, absmax, x.dtype)))",
+            SAVED: "codes, absmax, _ = ctx.saved_tensors",
+        },
+        "the input is kept for backward": {
+            SAVE: f"{SAVE[:-1]}, x)",
+            SAVED: "codes, absmax, _ = ctx.saved_tensors",
+        },
+    },
+    test_the_base_is_left_alone_and_the_layer_is_frozen: {
+        "the base is frozen too": {BIAS: "base.bias.requires_grad_(False)"},
+        "the layer is in train mode": {"self.training = base.training": "pass"},
+        "in and out are exchanged": {
+            "self.out_features, self.in_features =": "self.in_features, self."
+            "out_features ="
+        },
+    },
+    test_the_weight_is_made_anew_with_a_warning_on_it: {
+        "merging is not warned": {"W.quant_state = q": "pass"},
+        "the weight is in float32": {
+            "self.absmax, self.like.dtype)": "self.absmax, torch.float32)"
+        },
+        "the float weight is stored along": {
+            BUFFER: f'{BUFFER}; self.register_buffer("w", base.weight.data)'
+        },
+    },
+    test_a_cast_of_the_model_spares_codes_and_absmax: {
+        "a cast rounds absmax": {"super()._apply(move)": "super()._apply(fn)"},
+        "absmax stays on its device": {"t.to(fn(t).device)": "t"},
+        "the weight's dtype does not follow a cast": {
             "self.like.dtype": "self.kind",
-            "self.training =": ("self.kind = w.dtype\n        self.training ="),
+            "self.training =": "self.kind = base.weight.dtype; self.training =",
         },
-    ),
-    "absmax is not in the state dict": (
-        COPIES,
-        {BUFFER: BUFFER.replace("q.absmax)", "q.absmax, persistent=False)")},
-    ),
-    "Conv1D is taken for a Linear": (
-        CONV1D,
-        {'w.T if kind == "Conv1D" else w': "w"},
-    ),
-    "the weight is rounded to 3 bits": (
-        WHOLE,
-        {
-            SCALE: SCALE.replace("127", "3"),
-            "/ 127) * (absmax.T / 127)": "/ 3) * (absmax.T / 3)",
+    },
+    test_copies_and_stored_states_give_the_same_numbers: {
+        "absmax is not in the state dict": {
+            BUFFER: f"{BUFFER[:-1]}, persistent=False)"
+        },
+    },
+    test_gpt2s_conv1d_is_stored_as_out_by_in: {
+        "Conv1D is taken for a Linear": {"_weight(base), dim": "base.weight, dim"},
+    },
+    test_a_base_that_cannot_be_packed_gets_one_sentence: {
+        "any layer is packed": {"_refuse_unpackable(base)\n        q": "q"},
+    },
+    test_a_class_of_its_own_that_is_a_plain_product_is_packed: {
+        "every class of its own is refused": {
+            "if not _is_plain(base):": "if type(base).forward is not nn.Linear.forward:"
+        },
+    },
+    test_a_bad_input_gets_one_sentence: {
+        "an input may have any width": {"x.shape[-1:] != (self.in_features,)": "False"},
+    },
+    test_whole_models_keep_their_function: {
+        "the weight is rounded to 3 bits": {
+            "scale = 127 /": "scale = 3 /",
+            RESCALED: RESCALED.replace("127", "3"),
             "div_(127)": "div_(3)",
         },
-    ),
-    "no gradient comes through a layer": (
-        WHOLE,
-        {"return grad @ w": "return None"},
-    ),
-    "no gradient reaches a LoRA below": (
-        LORA,
-        {"return grad @ w": "return 0 * grad @ w"},
-    ),
+        "no gradient comes through a layer": {"return grad @ w": "return None"},
+    },
+    test_lora_trains_over_int8_and_merge_refuses_it: {
+        "no gradient reaches a LoRA below": {"return grad @ w": "return 0 * grad @ w"},
+    },
 }
+MUTATIONS = {what: (law, c) for law, each in BROKEN.items() for what, c in each.items()}

@@ -1,11 +1,10 @@
-"""NF4's laws, and the same bytes as bitsandbytes: codes, absmax, dequantized values.
+"""NF4's laws, and the same bytes as bitsandbytes: codes, absmax, unpacked values.
 
 A law that takes only `nf4`, the module, is run again by tests/test_mutations.py on
 broken copies of nf4.py. What is called same is the same to the bit: -0 is not 0.
 """
 
 import copy
-import gc
 import importlib.util
 import io
 from statistics import NormalDist
@@ -28,6 +27,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
+from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 from peftlab import bitfit, dora, ia3, lora, pissa, vera
@@ -38,10 +38,10 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # all that the library has
 KINDS = ("nf4", "fp4")
 CODES = ("NF4", "FP4", "INT4")
 FLOOR = 1.1e-38  # an absmax below it counts as 1e-38
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-each_code = pytest.mark.parametrize("code", CODES)
-examples = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture
@@ -129,33 +129,6 @@ def test_the_steps_between_nf4_values_are_equally_likely(nf4):
         assert gap < 1e-6, f"{part.tolist()} are not {n} equal slices of {half}"
 
 
-def test_shortcuts_to_the_values_miss_the_last_bits():
-    """What one would write first, and each time a bit is not the library's."""
-
-    def values(end, quantiles, steps):
-        up, down = (torch.linspace(end, 0.5, n, dtype=steps)[:-1] for n in (9, 8))
-        up, down = (torch.special.ndtri(t.to(quantiles)) for t in (up, down))
-        levels = torch.cat([-down, up.new_zeros(1), up.flip(0)])
-        return levels.float() / up.max().float()
-
-    want, short, exact = (
-        get_4bit_type("nf4", "cpu"),
-        0.9677083,
-        1 - (1 / 32 + 1 / 30) / 2,
-    )
-    single, double = torch.float32, torch.float64
-    assert same(values(short, double, single), want)
-    for shortcut in (
-        (exact, double, single),
-        (short, single, single),
-        (exact, double, double),
-        (short, double, double),
-    ):
-        found = values(*shortcut)
-        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7)
-        assert not same(found, want), f"{shortcut} gives the same bits after all"
-
-
 def test_fp4_is_read_off_its_bits(nf4):
     for i, value in enumerate(nf4.FP4.tolist()):
         sign, exponent, mantissa = -1 if i >> 3 else 1, i >> 1 & 3, i & 1
@@ -184,18 +157,6 @@ def test_the_values_heed_no_default(nf4):
         assert table.device.type == "cpu" and same(table, getattr(nf4, name)), name
 
 
-def test_the_codes_of_normal_weights_carry_less_than_four_bits():
-    """Yoshida 2023, arXiv 2306.06965: dividing by a block's absmax makes normal weights
-    something else, the more so the larger the block. Entropy in bits a code."""
-    weight = randn(2**24)
-    for blocksize, want in ((64, 3.885), (256, 3.751), (1024, 3.628), (4096, 3.518)):
-        codes = reference.quantize(weight, blocksize).codes.view(-1)
-        pairs = torch.bincount(codes, minlength=256).view(16, 16).double()
-        share = (pairs.sum(0) + pairs.sum(1)) / len(weight)
-        entropy = -(share * share.log2()).sum()
-        assert abs(entropy - want) < 0.005, f"{entropy:.4f} bits in {blocksize}"
-
-
 # Packing
 
 
@@ -210,16 +171,7 @@ def test_codes_absmax_and_values_are_the_librarys(nf4):
 def test_the_first_of_two_weights_is_in_the_high_half(nf4):
     q = nf4.quantize(nf4.NF4)
     assert q.codes.shape == (8, 1) and q.codes.dtype == torch.uint8
-    assert q.codes.view(-1).tolist() == [
-        0x01,
-        0x23,
-        0x45,
-        0x67,
-        0x89,
-        0xAB,
-        0xCD,
-        0xEF,  # fmt: skip
-    ], f"{q.codes.view(-1).tolist()}: is the low half first?"
+    assert bytes(q.codes.view(-1).tolist()).hex() == "0123456789abcdef"
     last = nf4.quantize(nf4.NF4[:15]).codes[-1].item()
     assert last == 0xE7, f"{last:#x}: beside an odd last weight stands a zero, 7"
 
@@ -261,9 +213,8 @@ def test_a_full_block_multiplies_and_a_partial_one_divides(nf4):
         rows = near_midpoints(code)
         c, bounds = rows[:, :1], midpoints(code)
         times, over = rows * (1 / c), rows / c
-        telling = (torch.bucketize(times, bounds) != torch.bucketize(over, bounds)).any(
-            1
-        )
+        telling = torch.bucketize(times, bounds) != torch.bucketize(over, bounds)
+        telling = telling.any(1)
         assert telling.sum() > 500, "the rows do not tell one from the other"
         full = torch.cat([rows, torch.zeros(4096, 52)], 1)  # blocks of 128
         assert_librarys(nf4, full, 128, kind)
@@ -348,38 +299,28 @@ def contents(n, dtype, seed):
     yield (x * 4).round() / 4
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@each_dtype
+@each_kind
 def test_every_size_and_content_is_the_librarys(kind, dtype):
     seed, limits = 0, torch.finfo(dtype)
-    for blocksize in BLOCKS:
-        near = {k * blocksize + d for k in (1, 3) for d in (-1, 0, 1, 2, 17)}
-        for n in sorted({1, 2, 3, 5, *near}):
+    for blocksize in BLOCKS[::2]:
+        for n in sorted({1, 2, 3, *(blocksize + d for d in (-1, 0, 1)), 3 * blocksize}):
             for x in contents(n, dtype, seed := seed + 1):
                 w = x.clamp(limits.min, limits.max).to(dtype)
                 assert_librarys(reference, w, blocksize, kind)
     for shape in ((), (1,), (9, 7), (2, 3, 65), (3, 2, 5, 13)):
         assert_librarys(reference, randn(*shape, dtype=dtype), 32, kind)
     w = randn(130, 96, dtype=dtype)
-    for view in (
-        w.T,
-        w[1:, ::3],
-        w.view(13, 10, 96).transpose(0, 2),
-        w[0].expand(5, 96),
-    ):
+    turned = w.view(13, 10, 96).transpose(0, 2)
+    for view in (w.T, w[1:, ::3], turned, w[0].expand(5, 96)):
         assert not view.is_contiguous()
         assert_librarys(reference, view, 64, kind)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_large_tensors_are_the_librarys(kind, dtype):
-    for blocksize, n in ((64, 2**21), (32, 2**19 + 1), (4096, 2**20 + 4095)):
+    for blocksize, n in ((64, 2**20), (32, 2**19 + 1), (4096, 2**20 + 4095)):
         w = randn(n, seed=blocksize) * torch.logspace(-3, 3, n)
         assert_librarys(reference, w.to(dtype), blocksize, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_all_pairs_of_float16_mantissas_are_the_librarys(kind):
     """Each of 1,024 absmax, with all weights from 1/16 of it on: every quotient but for
     powers of two, 8 million weights."""
@@ -394,166 +335,178 @@ def test_all_pairs_of_float16_mantissas_are_the_librarys(kind):
     assert_librarys(reference, w[:, 4096:].half().contiguous(), 4096, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_millions_of_weights_next_to_midpoints_are_the_librarys(kind):
-    code, zeros = getattr(reference, kind.upper()), torch.zeros(4096, 52)
-    for seed in range(8):
-        scale = 2.0 ** (15 * (seed - 4))
-        full = torch.cat([near_midpoints(code, seed), zeros], 1) * scale
-        assert_librarys(reference, full, 128, kind)
-        assert_librarys(reference, full[:, :76].reshape(-1), 4096, kind)
-    for seed in range(300):  # one partial block each
-        row = near_midpoints(code, seed)[0]
-        assert_librarys(reference, row, 128, kind)
-
-
 # NaN, infinity and other bad input
 
 
 def test_nan_and_infinity_are_refused(nf4):
+    places = ((128, 5), (128, 127), (100, 70), (100, 99), (1, 0), (65, 64))
     for dtype in DTYPES:
         for value in (torch.nan, torch.inf, -torch.inf):
-            for n, place in (
-                (128, 5),
-                (128, 127),
-                (100, 70),
-                (100, 99),
-                (1, 0),
-                (65, 64),
-            ):
-                weight = randn(n, dtype=dtype)
-                weight[place] = value
-                with pytest.raises(ValueError, match="NaN or infinite") as error:
-                    nf4.quantize(weight)
-                assert_one_sentence(error)
+            for n, place in places:
                 base = nn.Linear(n, 1, dtype=dtype)
-                base.weight.data[0] = weight
+                base.weight.data[0, place] = value
+                with pytest.raises(ValueError, match="NaN or infinite") as error:
+                    nf4.quantize(base.weight)
+                assert_one_sentence(error)
                 with pytest.raises(ValueError, match="NaN or infinite"):
                     nf4.NF4Linear(base, double_quant=True)
-
-
-LEVELS = torch.linspace(-1, 1, 16)
-BAD = {
-    "float64": dict(weight=torch.ones(8, dtype=torch.float64)),
-    "int": dict(weight=torch.ones(8, dtype=torch.int32)),
-    "bytes": dict(weight=torch.ones(8, dtype=torch.uint8)),
-    "complex": dict(weight=torch.ones(8, dtype=torch.complex64)),
-    "bool": dict(weight=torch.ones(8, dtype=torch.bool)),
-    "empty": dict(weight=torch.empty(0)),
-    "empty rows": dict(weight=torch.empty(3, 0)),
-    "blocksize=0": dict(blocksize=0),
-    "blocksize=3": dict(blocksize=3),
-    "blocksize=65": dict(blocksize=65),
-    "blocksize=2**62": dict(blocksize=2**62),
-    "blocksize=2**64": dict(blocksize=2**64),
-    "a list of weights": dict(weight=[1.0, 2.0]),
-    "an array": dict(weight=torch.ones(8).numpy()),
-    "an array of values": dict(code=LEVELS.numpy()),
-    "blocksize=True": dict(blocksize=True),
-    "blocksize=64.0": dict(blocksize=64.0),
-    "blocksize='64'": dict(blocksize="64"),
-    "blocksize=-64": dict(blocksize=-64),
-    "blocksize=None": dict(blocksize=None),
-    "15 values": dict(code=LEVELS[1:]),
-    "17 values": dict(code=torch.linspace(-1, 1, 17)),
-    "4 x 4 values": dict(code=LEVELS.view(4, 4)),
-    "values up to 7": dict(code=7 * LEVELS),
-    "values up to a half": dict(code=LEVELS / 2),
-    "a value is NaN": dict(
-        code=LEVELS.clone().index_fill(0, torch.tensor([3]), torch.nan)
-    ),
-    "code='nf4'": dict(code="nf4"),
-    "code=None": dict(code=None),
-    "a list": dict(code=LEVELS.tolist()),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence(case):
-    call = {"weight": randn(8, 8), **BAD[case]}
-    with pytest.raises(ValueError) as error:
-        reference.quantize(**call)
-    assert_one_sentence(error)
-    words = dict(blocksize="block size", code="code must be 16", weight="weights|float")
-    error.match(words[next(iter(BAD[case]))])
-
-
-def lora_linear():
-    return lora.add(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)[0]
-
-
-NO_BASE = {
-    "Embedding": lambda: nn.Embedding(8, 8),
-    "LayerNorm": lambda: nn.LayerNorm(8),
-    "Conv2d": lambda: nn.Conv2d(4, 4, 1),
-    "Bilinear": lambda: nn.Bilinear(4, 4, 4),
-    "LoRALinear": lora_linear,
-    "NF4Linear": lambda: reference.NF4Linear(nn.Linear(8, 8)),
-    "Sequential": lambda: nn.Sequential(nn.Linear(8, 8)),
-    "NoneType": lambda: None,
-}
-
-
-@pytest.mark.parametrize("case", NO_BASE)
-def test_only_a_plain_linear_is_packed(case):
-    base = NO_BASE[case]()
-    before = snapshot(base) if base is not None else None
-    with pytest.raises(ValueError, match=f"plain linear.* not {case}") as error:
-        reference.NF4Linear(base)
-    assert_one_sentence(error)
-    if base is not None:
-        assert_unchanged(base, before)
 
 
 def test_double_quantization_of_weights_beyond_float32_is_refused():
     """Each is finite, the mean of their absmax is not; without it they are packed."""
     w = torch.full((640,), 3e38)
     assert torch.equal(reference.dequantize(reference.quantize(w)), w)
-    with pytest.raises(ValueError, match="infinite") as error:
+    with pytest.raises(ValueError, match="mean .* infinite") as error:
         reference.quantize(w, double_quant=True)
     assert_one_sentence(error)
 
 
-def test_an_input_of_whole_numbers_is_refused():
-    layer = reference.NF4Linear(nn.Linear(4, 3), compute_dtype=torch.bfloat16)
-    for dtype in (torch.int64, torch.bool):
-        with pytest.raises(ValueError, match="must be floats") as error:
-            layer(torch.ones(2, 4, dtype=dtype))
+LEVELS = torch.linspace(-1, 1, 16)
+ONES = torch.ones(8)
+NOT_DTYPES = (torch.float64, torch.int32, torch.uint8, torch.complex64, torch.bool)
+NOT_DTYPES += (torch.float8_e4m3fn,)
+BAD = {
+    "the block size": [0, 3, 65, 2**62, 10**400, True, 64.0, "64", -64, None],
+    "double_quant": ["yes", 1, None, torch.tensor(True)],
+    "a code must be 16": [
+        *(LEVELS[1:], torch.linspace(-1, 1, 17), LEVELS.view(4, 4)),
+        *(7 * LEVELS, LEVELS / 2, LEVELS.numpy(), LEVELS.tolist(), "nf4", None),
+        LEVELS.clone().index_fill(0, torch.tensor([3]), torch.nan),
+        *(LEVELS > 0, LEVELS.to(torch.complex64), LEVELS.int(), LEVELS.to("meta")),
+    ],
+    "4 bits need": [
+        *(ONES.to(dtype) for dtype in NOT_DTYPES),
+        *(torch.empty(0), torch.empty(3, 0), [1.0, 2.0], ONES.numpy(), None),
+        *(torch.eye(8).to_sparse(), torch.empty(0, device="meta")),
+    ],
+}
+NAMES = {"the block size": "blocksize", "a code must be 16": "code"}
+NAMES |= {"double_quant": "double_quant", "4 bits need": "weight"}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_sentence(words):
+    for value in BAD[words]:
+        with pytest.raises(ValueError, match=words) as error:
+            reference.quantize(**{"weight": randn(8, 8), NAMES[words]: value})
         assert_one_sentence(error)
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
-def test_a_layer_that_bitsandbytes_has_packed_is_refused(storage):
-    """Its bytes may be stored as floats, and are no weights for that."""
-    base = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", quant_storage=storage)
-    with pytest.raises(ValueError, match="plain linear.* not Linear4bit") as error:
-        reference.NF4Linear(base.to("cpu"))
-    assert_one_sentence(error)
+def test_only_what_is_packed_is_unpacked_and_to_floats_alone():
+    q = reference.quantize(ONES)
+    for value in (ONES, None, {}, nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="what quantize made") as error:
+            reference.dequantize(value)
+        assert_one_sentence(error)
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e5m2, "half"):
+        with pytest.raises(ValueError, match="a float of 16 bits") as error:
+            reference.dequantize(q, dtype)
+        assert_one_sentence(error)
 
 
-@pytest.mark.parametrize("kind", ["Linear8bitLt", "float64"])
-def test_a_linear_of_another_dtype_is_refused_by_it(kind):
-    base = dict(
-        Linear8bitLt=lambda: bitsandbytes.nn.Linear8bitLt(
-            64, 64, has_fp16_weights=False
-        ),
-        float64=lambda: nn.Linear(64, 64).double(),
-    )[kind]().to("cpu")
-    with pytest.raises(ValueError, match=str(base.weight.dtype)) as error:
-        reference.NF4Linear(base)
-    assert_one_sentence(error)
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-1, 1))
+
+
+class Renamed(nn.Linear):  # Falcon's: a forward of its own, and yet W x + b
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def hooked(kind):
+    base = nn.Linear(8, 8)
+    getattr(base, f"register_forward_{kind}")(lambda *a: None)
+    return base
+
+
+def cast(dtype):
+    base = nn.Linear(8, 8)
+    base.weight = nn.Parameter(base.weight.data.to(dtype), requires_grad=False)
+    return base
+
+
+def theirs(storage):
+    how = dict(quant_type="nf4", quant_storage=storage)
+    return bitsandbytes.nn.Linear4bit(64, 64, **how).to("cpu")
+
+
+def lora_linear():
+    return lora.add(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)[0]
+
+
+def linear8bit():
+    return bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
+
+
+NO_BASE = {
+    "plain linear": [
+        *(lambda: nn.Embedding(8, 8), lambda: nn.LayerNorm(8), lambda: None),
+        *(lambda: nn.Conv2d(4, 4, 1), lambda: nn.Bilinear(4, 4, 4), lora_linear),
+        *(lambda: nn.LazyLinear(4), lambda: nn.Sequential(nn.Linear(8, 8))),
+    ],
+    "a packed": [  # whose bytes may be stored as floats, and are no weights for that
+        *(lambda: theirs(torch.uint8), lambda: theirs(torch.bfloat16)),
+        *(linear8bit, lambda: reference.NF4Linear(nn.Linear(8, 8))),
+        lambda: cast(torch.float8_e4m3fn),
+    ],
+    "torch.float64": [lambda: cast(torch.float64)],
+    "more than W x": [lambda: Scaled(8, 8), lambda: Clamped(64, 8)],
+    "computed": [
+        lambda: prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5),
+        lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
+        lambda: parametrizations.orthogonal(nn.Linear(8, 8)),
+    ],
+    "hooks": [lambda: hooked("hook"), lambda: hooked("pre_hook")],
+}
+
+
+def test_only_a_plain_linear_is_packed(nf4):
+    for words, builds in NO_BASE.items():
+        for build in builds:
+            with pytest.raises(ValueError, match=words) as error:
+                nf4.NF4Linear(build())
+            assert_one_sentence(error)
+
+
+def test_a_class_of_its_own_that_is_a_plain_product_is_packed(nf4):
+    base, x = Renamed(64, 8), randn(5, 64)
+    want = linear(x, nf4.dequantize(nf4.quantize(base.weight)), base.bias)
+    try:
+        assert near(nf4.NF4Linear(base)(x), want, 1e-6)
+    except ValueError as error:
+        pytest.fail(f"it is refused: {error}")
 
 
 def test_a_bad_setting_of_a_layer_is_refused(nf4):
     base = nn.Linear(8, 8)
     before = snapshot(base)
-    for dtype in (torch.int8, torch.uint8, torch.complex64, "bf16", 16):
+    for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn, "bf16", 16):
         with pytest.raises(ValueError, match="compute_dtype.* float") as error:
             nf4.NF4Linear(base, compute_dtype=dtype)
         assert_one_sentence(error)
     with pytest.raises(ValueError, match="block size"):
         nf4.NF4Linear(base, blocksize=7)
     assert_unchanged(base, before)
+
+
+def test_an_input_of_another_width_or_of_whole_numbers_is_refused(nf4):
+    for compute in (None, torch.bfloat16):
+        layer = nf4.NF4Linear(nn.Linear(4, 3), compute_dtype=compute)
+        for x in (
+            *(torch.ones(2, 4).to(t) for t in (torch.int64, torch.bool)),
+            torch.ones(2, 3),
+            torch.ones(4, 2),
+            torch.tensor(1.0),
+        ):
+            with pytest.raises(ValueError, match="must be floats") as error:
+                layer(x)
+            assert_one_sentence(error)
 
 
 # Double quantization
@@ -647,30 +600,6 @@ def test_a_weight_takes_4_bits_and_its_share_of_an_absmax(nf4):
     assert nf4.quantize(torch.ones(3)).bits() == 8 * (2 + 4) / 3, "3 in two bytes"
 
 
-def test_a_layer_of_4096_squared_weighs_what_the_librarys_does():
-    """The library's file has the 256 dynamic values beside ours, and a text with the
-    settings and the offset, which is 4 bytes here."""
-    base = nn.Linear(4096, 4096, bias=False)
-    theirs = bitsandbytes.nn.Linear4bit(
-        4096, 4096, bias=False, quant_type="nf4", compress_statistics=True
-    )
-    theirs.weight.data = base.weight.data
-    weighed = {}
-    for nested in (True, False):
-        layer = copy.deepcopy(theirs)
-        layer.weight.compress_statistics = nested
-        weighed[nested] = layer.to("cpu").state_dict()
-    for nested, want in ((True, 8_654_916), (False, 9_437_248)):
-        own = reference.NF4Linear(base, double_quant=nested).state_dict()
-        kept = {n: t.nbytes for n, t in own.items()}
-        assert sum(kept.values()) == want, kept
-        text = "weight.quant_state.bitsandbytes__nf4"
-        more = weighed[nested].pop(text).nbytes
-        rest = sum(t.nbytes for t in weighed[nested].values())
-        assert rest == want - (nested and 4) + (nested and 1024)
-        assert 80 <= more < 200, "the text"
-
-
 def test_the_librarys_table_of_65536_bins_is_coarser():
     """On the CPU the library looks an absmax's code up in a table of 65,536 bins from
     -1 to 1. A bin has one code, so near a midpoint some go to the neighbour. Near zero
@@ -680,7 +609,7 @@ def test_the_librarys_table_of_65536_bins_is_coarser():
     absmax are lognormal. What it loses is less than a bin's width of nested absmax."""
     table, bin_width = create_dynamic_map(), 2 / 65535
     for weight, low, high in (
-        (randn(2**23), 0.0010, 0.0025),
+        (randn(2**21), 0.0010, 0.0025),
         (spread(300_000), 0.0025, 0.0050),
     ):
         size = 64 if weight.dim() == 1 else 8
@@ -720,11 +649,11 @@ def weights(draw, dtypes=DTYPES, bound=None):
 
 
 sizes = st.sampled_from((2, 6, 8, 12, 32, 64, 100, 4096))
+codes = st.sampled_from(CODES)
 
 
-@each_code
 @examples
-@given(weight=weights(), blocksize=sizes)
+@given(code=codes, weight=weights(), blocksize=sizes)
 def test_a_weight_moves_by_half_the_widest_gap_at_most(code, weight, blocksize):
     table, limits = getattr(reference, code), torch.finfo(weight.dtype)
     q = reference.quantize(weight, blocksize, table)
@@ -736,9 +665,8 @@ def test_a_weight_moves_by_half_the_widest_gap_at_most(code, weight, blocksize):
         assert (w - new).abs().max() <= bound + FLOOR
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @examples
-@given(weight=weights(), blocksize=st.sampled_from(BLOCKS))
+@given(kind=st.sampled_from(KINDS), weight=weights(), blocksize=st.sampled_from(BLOCKS))
 def test_whatever_the_weights_the_bytes_are_the_librarys(kind, weight, blocksize):
     assert_librarys(reference, weight, blocksize, kind)
 
@@ -753,9 +681,8 @@ def ordinary(draw, dtypes=DTYPES):
     return weight * 2.0 ** draw(st.integers(-3, 3)), size
 
 
-@each_code
 @examples
-@given(pair=ordinary())
+@given(code=codes, pair=ordinary())
 def test_packing_what_was_unpacked_changes_nothing(code, pair):
     """The largest weight is at 1 or -1 of every code, so that absmax stays. FP4 and
     INT4 have zero twice: a code may go from one to the other, no value does."""
@@ -768,41 +695,14 @@ def test_packing_what_was_unpacked_changes_nothing(code, pair):
     assert code != "NF4" or same(again.codes, q.codes)
 
 
-def test_packing_twice_does_change_weights_at_the_end_of_float32():
-    """An absmax below 1e-38 counts as that: the quotients are too small, in the library
-    too."""
-    weight = torch.full((64,), 5e-39)
-    q = assert_librarys(reference, weight)
-    once = reference.dequantize(q)
-    assert (once < 0.5 * weight).all()
-    assert not same(reference.quantize(once).codes, q.codes)
-
-
-@each_code
 @examples
-@given(pair=ordinary((torch.float32,)), power=st.integers(-110, 110))
+@given(code=codes, pair=ordinary(DTYPES[:1]), power=st.integers(-110, 110))
 def test_a_power_of_two_scales_absmax_and_leaves_the_codes(code, pair, power):
     weight, size = pair
     table, scale = getattr(reference, code), 2.0**power
     one = reference.quantize(weight, size, table)
     two = reference.quantize(weight * scale, size, table)
     assert same(one.codes, two.codes) and same(one.absmax * scale, two.absmax)
-
-
-@pytest.mark.parametrize("code", ["FP4", "INT4"])
-@examples
-@given(pair=ordinary((torch.float32,)))
-def test_a_symmetric_code_turns_with_the_sign(code, pair):
-    """But on a midpoint: of two as near, the lower."""
-    weight, size = pair
-    table = getattr(reference, code)
-    up, down = (
-        reference.dequantize(reference.quantize(w, size, table))
-        for w in (weight, -weight)
-    )
-    c = weight[::size].abs().repeat_interleave(size)[: len(weight)]
-    tie = torch.isin((weight / c).abs(), midpoints(table))
-    assert torch.equal(up[~tie], -down[~tie])
 
 
 def test_nf4_does_not_turn_with_the_sign(nf4):
@@ -845,8 +745,8 @@ RIGHT = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@each_dtype
+@each_kind
 def test_values_are_those_of_the_librarys_kernel_where_that_is_right(kind, dtype):
     for shape, blocksize in RIGHT:
         weight = randn(*shape, dtype=dtype)
@@ -858,19 +758,17 @@ def test_values_are_those_of_the_librarys_kernel_where_that_is_right(kind, dtype
         assert torch.equal(got, theirs) and same(got, values), (shape, blocksize)
 
 
-@pytest.mark.skipif(not AVX512, reason="the library's error is in its AVX512 kernel")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="that kernel alone errs"
+)
 def test_the_librarys_kernel_is_wrong_where_rows_end_within_a_block():
     """bitsandbytes 0.50.2: rows of a multiple of 16 columns, but not of the block size.
-    From the second row on it takes the absmax of a wrong block."""
+    From the second row on it takes the absmax of a wrong block; the book says so."""
     for shape, blocksize in (((144, 144), 64), ((64, 64), 128), ((80, 80), 64)):
         weight = randn(*shape) * torch.logspace(-2, 2, shape[0])[:, None]
         packed, state, values = library(weight, blocksize)
         theirs = dequantize_4bit(packed, state)
-        assert not torch.allclose(theirs, values, rtol=1e-2), (
-            "bitsandbytes is mended: its dequantize_4bit gives its own codes times"
-            f" absmax at {shape} in blocks of {blocksize}; compare with it at every"
-            " shape, and take the warning out of the book"
-        )
+        assert not torch.allclose(theirs, values, rtol=1e-2), "it is right by now"
         assert same(reference.dequantize(reference.quantize(weight, blocksize)), values)
 
 
@@ -906,12 +804,8 @@ def test_a_layer_multiplies_by_the_dequantized_weight(nf4):
         for how in ({}, dict(blocksize=32), dict(double_quant=True)):
             layer = nf4.NF4Linear(base, **how)
             w = nf4.dequantize(nf4.quantize(matrix(base), **how))
-            assert (
-                layer.weight.shape == w.shape == (layer.out_features, layer.in_features)
-            )
-            assert same(layer.weight, w), (
-                "the weight, (out, in), is the dequantized one"
-            )
+            assert w.shape == (layer.out_features, layer.in_features)
+            assert same(layer.weight, w), "it is the dequantized one, (out, in)"
             for lead in ((3,), (2, 5), (), (0,), (2, 0)):
                 x = randn(*lead, w.shape[1]).requires_grad_()
                 pull = randn(*lead, len(w), seed=3)
@@ -985,16 +879,11 @@ def test_a_bias_stays_the_layers_own_frozen_or_trained(nf4):
 
 
 def test_no_unpacked_weight_outlives_a_product(nf4):
-    """Neither among what autograd saves, nor anywhere else: every weight that
-    `dequantize` made has gone when forward is done, and when backward is."""
+    """Every weight that `dequantize` made is gone when forward is done, and when
+    backward is; and autograd saves no other tensor of that shape."""
     made, saved, real = [], [], nf4.dequantize
     shapes = {(96, 64), (64, 96), (80, 96), (96, 80)}
-
-    def alive():
-        gc.collect()
-        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
-        tensors = [t for t in tensors if t.is_floating_point()]
-        return {id(t): t for t in tensors if tuple(t.shape) in shapes}
+    hooks = lambda t: saved.append((*t.shape,)) or t, lambda t: t  # noqa: E731
 
     def watched(*args, **kwargs):
         w = real(*args, **kwargs)
@@ -1004,25 +893,20 @@ def test_no_unpacked_weight_outlives_a_product(nf4):
     nf4.dequantize = watched
     try:
         for compute in (None, torch.bfloat16):
-            base = nn.Sequential(plain(96, 64), nn.Tanh(), conv(80, 96))
-            layers = (nf4.NF4Linear(base[0], compute_dtype=compute), base[1])
-            model = nn.Sequential(
-                *layers, nf4.NF4Linear(base[2], compute_dtype=compute)
+            first, last = (
+                nf4.NF4Linear(base, compute_dtype=compute)
+                for base in (plain(96, 64), conv(80, 96))
             )
             x = randn(3, 64).requires_grad_()
             made.clear()
-            before = alive()
-            hooks = lambda t: saved.append(t.shape) or t, lambda t: t  # noqa: E731
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
-                y = model(x)
+                y = last(torch.tanh(first(x)))
             assert len(made) == 2, "each layer unpacks once on the way there"
-            assert alive().keys() == before.keys(), "a weight is kept for backward"
             assert all(ref.expired() for ref in made), "a weight is kept for backward"
-            assert not shapes & {*map(tuple, saved)}, "a weight is saved for backward"
+            assert not shapes & {*saved}, "a weight is saved for backward"
             y.sum().backward()
             assert len(made) == 4 and x.grad.any(), "and once more on the way back"
             assert all(ref.expired() for ref in made), "a weight outlives backward"
-            assert alive().keys() == before.keys(), "a weight outlives backward"
     finally:
         nf4.dequantize = real
 
@@ -1084,14 +968,28 @@ def test_a_layer_goes_to_the_meta_device_and_back(nf4):
         twin = twin.half().to_empty(device="cpu").float()
         twin.load_state_dict(layer.state_dict())
         assert same(twin.weight, layer.weight), "an absmax was rounded on its way"
-        with torch.device("meta"):
-            base = nn.Linear(5, 7)  # a partial block
-        for code in (nf4.NF4, nf4.FP4):
-            packed = nf4.NF4Linear(base, double_quant=nested, code=code)
-            real = nf4.NF4Linear(nn.Linear(5, 7), double_quant=nested, code=code)
-            shapes = {n: (t.shape, t.dtype) for n, t in real.state_dict().items()}
-            found = {n: (t.shape, t.dtype) for n, t in packed.state_dict().items()}
-            assert found == shapes
+        for sizes in ((5, 7), (1500, 700)):  # a partial block; more than a piece
+            found = []
+            for device in ("cpu", "meta"):
+                packed = nf4.NF4Linear(nn.Linear(*sizes, device=device), 64, nested)
+                state = packed.state_dict()
+                found.append({n: (t.shape, t.dtype) for n, t in state.items()})
+            assert found[0] == found[1]
+
+
+def test_on_the_meta_device_nothing_is_compared(nf4):
+    """So that a model of any size is packed there in no time, as `memory` does it."""
+    calls = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    base = nn.Linear(4096, 4096, device="meta")
+    with Watch():
+        nf4.NF4Linear(base, double_quant=True)
+    assert torch.gt not in calls and len(calls) < 300
 
 
 def test_the_buffers_are_the_whole_of_a_weight(nf4):
@@ -1163,6 +1061,20 @@ def test_a_compiled_layer_keeps_no_unpacked_weight(nf4):
     assert saved and max(saved) < 48 * 64, f"saved for backward, numbers each: {saved}"
 
 
+def test_a_compiled_layer_agrees(nf4):
+    """Traced whole, forward and backward; no C++ compiler is needed for that."""
+    torch._dynamo.reset()
+    layer = nf4.NF4Linear(plain(), double_quant=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = randn(3, 64).requires_grad_()
+    got = compiled(x)
+    assert torch.equal(got, layer(x)) and near(
+        got, linear(x, layer.weight, layer.bias), 1e-6
+    )
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert near(grad, layer.weight.sum(0).expand(3, 64), 1e-6)
+
+
 def test_the_way_back_is_through_the_buffers_of_the_way_there(nf4):
     """Other buffers for a call, as in torch.func.functional_call, or a layer moved."""
     one, two = (nf4.NF4Linear(plain(32, 64, seed=s), double_quant=True) for s in (0, 1))
@@ -1193,20 +1105,6 @@ def test_a_layer_moves_whatever_the_default_device(nf4):
     assert layer.dtype == torch.half and torch.equal(layer.float().weight, before)
 
 
-def test_a_compiled_layer_agrees(nf4):
-    """Traced whole, forward and backward; no C++ compiler is needed for that."""
-    torch._dynamo.reset()
-    layer = nf4.NF4Linear(plain(), double_quant=True)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    x = randn(3, 64).requires_grad_()
-    got = compiled(x)
-    assert torch.equal(got, layer(x)) and near(
-        got, linear(x, layer.weight, layer.bias), 1e-6
-    )
-    (grad,) = torch.autograd.grad(got.sum(), x)
-    assert near(grad, layer.weight.sum(0).expand(3, 64), 1e-6)
-
-
 # With other methods and modules
 
 
@@ -1217,36 +1115,22 @@ def packed_net(nf4=reference):
     return model
 
 
-@pytest.mark.parametrize("method", [lora, vera, ia3], ids=["lora", "vera", "ia3"])
-def test_a_method_trains_over_a_packed_layer_and_merge_refuses_it(method):
+@pytest.mark.parametrize("method", [lora, vera, ia3, dora, pissa])
+def test_other_methods_work_over_a_packed_layer_or_refuse_it(method):
     model, x = packed_net(), randn(5, 64)
-    first = model(x)
-    before = {n: t.clone() for n, t in model[0].named_buffers()}
+    first, before = model(x), snapshot(model)
+    if method in (dora, pissa):  # they need the weight itself
+        with pytest.raises(ValueError, match="packed"):
+            method.add(model, "all-linear", r=2)
+        assert_unchanged(model, before)
+        return
     method.add(model, ["0"])
     assert torch.equal(model(x), first), "adding moved the outputs"
-    own = method.state_dict(model, keep_vars=True)
-    optimizer = torch.optim.SGD(own.values(), 0.01)
-    start = {n: p.detach().clone() for n, p in own.items()}
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).pow(2).sum().backward()
-        optimizer.step()
-    assert all((p != start[n]).any() for n, p in own.items()), "something did not train"
-    for name, t in model[0].base.named_buffers():
-        assert same(t, before[name]), f"{name} moved"
-    trained = snapshot(model)
-    with pytest.raises(ValueError, match="packed") as error:
-        method.merge(model)
-    assert_one_sentence(error)
-    assert_unchanged(model, trained)
-
-
-@pytest.mark.parametrize("method", [dora, pissa], ids=["dora", "pissa"])
-def test_a_method_that_needs_the_weight_itself_refuses_a_packed_layer(method):
-    model = packed_net()
+    model(x).pow(2).sum().backward()
+    assert any(p.grad.any() for p in method.state_dict(model, keep_vars=True).values())
     before = snapshot(model)
     with pytest.raises(ValueError, match="packed") as error:
-        method.add(model, "all-linear", r=2)
+        method.merge(model)
     assert_one_sentence(error)
     assert_unchanged(model, before)
 
@@ -1284,17 +1168,6 @@ def test_bitfit_trains_and_makes_the_bias_of_a_packed_layer():
 def test_torchs_attention_reads_the_right_weight():
     """nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer take a
     layer's weight and never call it: they find it unpacked."""
-
-    def twin_of(model, paths):
-        """With the same weights, not packed."""
-        twin = copy.deepcopy(model)
-        for path in paths:
-            layer = model.get_submodule(path)
-            dense = nn.Linear(layer.in_features, layer.out_features)
-            dense.weight.data, dense.bias = layer.weight, layer.bias
-            twin.set_submodule(path, dense)
-        return twin
-
     x = randn(2, 5, 64)
     attention = nn.MultiheadAttention(64, 4, batch_first=True)
     block = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
@@ -1302,22 +1175,17 @@ def test_torchs_attention_reads_the_right_weight():
         (attention, ["out_proj"], lambda m, x: m(x, x, x)[0]),
         (block, ["self_attn.out_proj", "linear1", "linear2"], lambda m, x: m(x)),
     ):
-        start = call(model, x)
+        twin = copy.deepcopy(model)
         for path in paths:
+            dense = twin.get_submodule(path)
             layer = reference.NF4Linear(model.get_submodule(path), double_quant=True)
             model.set_submodule(path, layer)
-        twin = twin_of(model, paths)
-        for mode in (True, False):
-            found = []
-            for m in (model.train(mode), twin.train(mode)):
-                row = x.clone().requires_grad_()
-                y = call(m, row)
-                (grad,) = torch.autograd.grad(y.pow(2).sum(), row)
-                with torch.no_grad():  # in eval mode the fast path
-                    found.append((y, grad, call(m, x)))
-            for got, want in zip(*found, strict=True):
+            dense.weight.data = layer.weight
+        for mode in (True, False):  # in eval mode without gradients the fast path
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    got, want = (call(m.train(mode), x) for m in (model, twin))
                 assert near(got, want, 1e-5)
-            assert 1e-3 < (found[0][0] - start).abs().max() < 1
     half = [x.half()] * 3  # the unpacked weight is in half precision too
     assert near(attention.half()(*half)[0], attention.float()(x, x, x)[0], 1e-2)
 
@@ -1382,310 +1250,306 @@ else:
 
 # Broken copies, for tests/test_mutations.py
 
-HELD = ")[:, None], None"
-QUANTILES = "torch.special.ndtri(torch.cat([1 - down[:-1], up.flip(0)]))"
-ENDS = "0.9677083, 0.5, n, **CPU"
-FP4 = "FP4 = torch.cat([FP4, 0 - FP4])"
-INT4 = "[*range(-7, 1), *range(8)]"
-ABSMAX = "rows.abs().amax(1)"
-FLOATS = ".view(-1, size).float()"
-SCALE = "(1 / absmax.clamp(TINY))[:, None]"
-TIMES = f"y = rows * {SCALE}"
-LAST = "y[-1] = rows[-1] / absmax[-1].clamp_(TINY)"
-PACK = "near[:n:2] << 4 | near[1 : n + 1 : 2]"
-MENDED = "or not (whole.is_meta or whole.isfinite().all())"
-MEAN = "whole = absmax.mean() if double_quant"
-MIDDLE = "(levels[1:] + levels[:-1]) / 2"
-ORDER = "order.to(x.device, torch.uint8).take(near.long())"
-NESTED = "DYNAMIC.to(absmax.device)[absmax.int()] * nested + q.offset"
-PIECES = "zip(*(x.split(step) for x in (rows, absmax, out)), strict=True)"
-TABLE = "pairs = torch.cartesian_prod(q.code, q.code)"
-THERE = "return x @ dequantize(q, x.dtype).T"
-BACK = "grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None"
-APPLY = "y = _Multiply.apply(y, SimpleNamespace(**vars(self), **self._buffers))"
-CAST = "self._buffers |= {k: kept[k].to(self.codes.device) for k in cast}"
-CODE = ", code=code, nested_absmax=nested)"
-VALUES = test_the_values_are_the_librarys_to_the_bit
-STEPS = test_the_steps_between_nf4_values_are_equally_likely
-DEFAULTS = test_the_values_heed_no_default
-SAME = test_codes_absmax_and_values_are_the_librarys
-HALVES = test_the_first_of_two_weights_is_in_the_high_half
-TIES = test_a_tie_goes_to_the_lower_value
-ROUNDING = test_a_full_block_multiplies_and_a_partial_one_divides
-ALONG = test_blocks_run_along_the_rows
-LEFT = test_a_weight_comes_back_in_its_shape_and_dtype_and_is_left_alone
-ZEROS = test_blocks_of_zeros_stay_zero
-LARGE = test_blocks_do_not_heed_each_other_in_a_large_tensor
-REFUSED = test_nan_and_infinity_are_refused
-NEAREST = test_double_quantization_takes_the_nearest_dynamic_value
-EQUAL = test_equal_absmax_leave_nothing_to_divide_by
+CPU = 'CPU = dict(dtype=torch.float32, device="cpu")'
+ABOVE = "above = torch.linspace(0.9677083, 0.5, "
+BELOW = "below = torch.linspace(0.9677083, 0.5, "
+SYMMETRIC = {f"{ABOVE}9": f"{ABOVE}8", ".double()[:-1]": ".double()"}
+SCALED = "scaled = rows * (1 / absmax.clamp(TINY))[:, None]"
+LAST = "scaled[-1] = rows[-1] / absmax[-1]"
 BYTES = "sum(t.nbytes for t in self.buffers() if t is not self.code)"
-WEIGHED = test_a_weight_takes_4_bits_and_its_share_of_an_absmax
-PRODUCT = test_a_layer_multiplies_by_the_dequantized_weight
-COMPUTE = test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs
-GONE = test_no_unpacked_weight_outlives_a_product
-CASTS = test_a_cast_of_the_model_rounds_no_absmax
-META = test_a_layer_goes_to_the_meta_device_and_back
-WHOLE = test_the_buffers_are_the_whole_of_a_weight
-COMPILED = test_a_compiled_dequantize_agrees_to_the_bit
-READ = test_reading_the_weight_unpacks_it_anew_and_marks_it
+CODE_PAIRS = "(high << 4 | low)[:, None]"
+MIDDLE = "(values[1:] + values[:-1]) / 2"
+MEAN = "offset = absmax.mean()"
+PAIRS = "torch.cartesian_prod(q.code, q.code)"
+PIECES = "for piece in zip(*tensors, strict=True):"
+UNPACK = "_unpack_into(*piece, pairs)"
+FINITE = "not t.isfinite().all()"
+BACK = "grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None"
+APPLY = "y = _Product.apply(y, q)"
+THERE = "ctx.dtype = x.dtype\n        return _multiply(x, q)"
+ANSWER = "return y.to(x.dtype)"
+PLAIN = "if not _is_plain(base):"
+PROBE = 'dtype=self.dtype, device="cpu")'
+WIDTH = "x.shape[-1:] != (self.in_features,)"
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "the way back is in the gradient's dtype": (
-        test_under_autocast_the_way_back_is_in_the_inputs_dtype,
-        {BACK: "grad @ dequantize(ctx.q, grad.dtype), None"},
-    ),
-    "the offset has more digits": (VALUES, {"0.9677083": "0.96770833333"}),
-    "the quantiles are in float32": (
-        VALUES,
-        {f"{ENDS}).double()": f"{ENDS})"},
-    ),
-    "the steps are in float64": (VALUES, {"n, **CPU)": "n, dtype=torch.float64)"}),
-    "eight values are below zero and seven above": (STEPS, {"(9, 8)": "(8, 9)"}),
-    "zero comes twice": (STEPS, {"(9, 8)": "(8, 8)", "down[:-1]": "down"}),
-    "NF4 is made symmetric": (
-        test_nf4_does_not_turn_with_the_sign,
-        {"(9, 8)": "(8, 8)", "down[:-1]": "down"},
-    ),
-    "the quantiles start at 1 - 1/32": (STEPS, {"0.9677083": "0.96875"}),
-    "the values are evenly spaced": (
-        STEPS,
-        {QUANTILES: "(torch.cat([1 - down[:-1], up.flip(0)]) - 0.5)"},
-    ),
-    "the values heed the default dtype": (
-        DEFAULTS,
-        {'dtype=torch.float32, device="cpu"': 'device="cpu"'},
-    ),
-    "the values heed the default device": (DEFAULTS, {', device="cpu")': ")"}),
-    "FP4 has a -0": (VALUES, {FP4: FP4.replace("0 - FP4", "-FP4")}),
-    "FP4 is in order": (
-        test_fp4_is_read_off_its_bits,
-        {"0, 1 / 16, 8, 12, 4, 6, 2, 3": "0, 1 / 16, 2, 3, 4, 6, 8, 12"},
-    ),
-    "FP4 has no subnormal": (test_fp4_is_read_off_its_bits, {"0, 1 / 16,": "0, 1,"}),
-    "INT4 goes down to -8": (
-        test_int4_is_evenly_spaced,
-        {f"torch.tensor({INT4}, **CPU) / 7": "torch.arange(-8, 8, **CPU) / 8"},
-    ),
-    "the dynamic type has a -1": (
-        VALUES,
-        {"torch.arange(2, **CPU)": "torch.tensor([0, -1])"},
-    ),
-    "FP4's order is ignored": (SAME, {ORDER: "near"}),
-    "absmax is max": (SAME, {ABSMAX: "rows.amax(1)"}),
-    "absmax is in the weight's dtype": (SAME, {FLOATS: ".view(-1, size)"}),
-    "the padding counts": (
-        SAME,
-        {"(0, -len(x) % size)).view": "(0, -len(x) % size), value=9.0).view"},
-    ),
-    "the low half comes first": (
-        HALVES,
-        {PACK: "near[:n:2] | near[1 : n + 1 : 2] << 4"},
-    ),
-    "the padding is code 0": (
-        HALVES,
-        {
-            HELD: f"{HELD}\n    codes.view(-1)[n // 2 :] &= 240",
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_the_values_are_the_librarys_to_the_bit: {
+        "the offset has more digits": {"0.9677083": "0.96770833333"},
+        "the quantiles are in float32": {".double()": ""},
+        "the steps are in float64": {
+            f"{ABOVE}9, **CPU": f"{ABOVE}9, dtype=torch.float64",
+            f"{BELOW}8, **CPU": f"{BELOW}8, dtype=torch.float64",
         },
-    ),
-    "a tie goes to the upper": (TIES, {"torch.gt(y": "torch.ge(y"}),
-    "full blocks divide": (ROUNDING, {TIMES: "y = rows / absmax.clamp(TINY)[:, None]"}),
-    "the partial block multiplies": (ROUNDING, {LAST: "absmax[-1].clamp_(TINY)"}),
-    "every last block divides": (
-        ROUNDING,
-        {"if len(x) % size:": "if len(x):"},
-    ),
-    "blocks run over columns": (ALONG, {"weight.reshape(-1)": "weight.mT.reshape(-1)"}),
-    "blocks run as the memory does": (
-        ALONG,
-        {
+        "FP4 has a -0": {"0 - positive": "-positive"},
+        "the dynamic type has a -1": {
+            "torch.arange(2, **CPU)": "torch.tensor([0, -1])"
+        },
+    },
+    test_the_steps_between_nf4_values_are_equally_likely: {
+        "eight values are below zero and seven above": {
+            f"{ABOVE}9": f"{ABOVE}8",
+            f"{BELOW}8": f"{BELOW}9",
+        },
+        "zero comes twice": SYMMETRIC,
+        "the quantiles start at 1 - 1/32": {"0.9677083": "0.96875"},
+        "the values are evenly spaced": {
+            "torch.special.ndtri(probabilities)": "(probabilities - 0.5)"
+        },
+    },
+    test_nf4_does_not_turn_with_the_sign: {"NF4 is made symmetric": SYMMETRIC},
+    test_the_values_heed_no_default: {
+        "the values heed the default dtype": {CPU: 'CPU = dict(device="cpu")'},
+        "the values heed the default device": {CPU: "CPU = dict(dtype=torch.float32)"},
+    },
+    test_fp4_is_read_off_its_bits: {
+        "FP4 is in order": {"6, 8, 12, 4, 6, 2, 3": "6, 2, 3, 4, 6, 8, 12"},
+        "FP4 has no subnormal": {"[0, 1 / 16,": "[0, 1,"},
+    },
+    test_int4_is_evenly_spaced: {
+        "INT4 goes down to -8": {
+            "torch.tensor([*range(-7, 1), *range(8)], **CPU) / 7": "torch.arange("
+            "-8, 8, **CPU) / 8"
+        },
+    },
+    test_codes_absmax_and_values_are_the_librarys: {
+        "FP4's order is ignored": {
+            "order.to(x.device, torch.uint8).take(rank.long())": "rank.byte()"
+        },
+        "absmax is max": {"rows.abs().amax(1)": "rows.amax(1)"},
+        "absmax is in the weight's dtype": {
+            ".view(-1, size).float()": ".view(-1, size)"
+        },
+        "the padding counts": {"(0, padding)).view": "(0, padding), value=9.0).view"},
+        "the high half of a byte comes last": {PAIRS: f"{PAIRS}.flip(1).contiguous()"},
+    },
+    test_the_first_of_two_weights_is_in_the_high_half: {
+        "the low half comes first": {"high << 4 | low": "high | low << 4"},
+        "the padding is code 0": {
+            CODE_PAIRS: f"{CODE_PAIRS}; codes.view(-1)[n // 2 :] &= 240"
+        },
+    },
+    test_a_tie_goes_to_the_lower_value: {
+        "a tie goes to the upper": {"torch.gt(scaled": "torch.ge(scaled"},
+    },
+    test_a_full_block_multiplies_and_a_partial_one_divides: {
+        "full blocks divide": {SCALED: "scaled = rows / absmax.clamp(TINY)[:, None]"},
+        "the partial block multiplies": {LAST: "pass"},
+        "every last block divides": {"if padding:": "if len(x):"},
+    },
+    test_blocks_run_along_the_rows: {
+        "blocks run over columns": {"weight.reshape(-1)": "weight.mT.reshape(-1)"},
+        "blocks run as the memory does": {
             "weight.reshape(-1)": "(weight if weight.dim() != 2 or"
             " weight.stride(0) > 1 else weight.T).reshape(-1)"
         },
-    ),
-    "a tensor comes back flat": (LEFT, {".view(q.shape)": ""}),
-    "a tensor comes back in float32": (LEFT, {"dtype=dtype or q.dtype": "dtype=dtype"}),
-    "a packed weight shares NF4's table": (LEFT, {", copy=True)": ")"}),
-    "a block of zeros gives NaN": (ZEROS, {SCALE: "(1 / absmax)[:, None]"}),
-    "the floor of a partial block is dropped": (
-        ZEROS,
-        {LAST: "y[-1] = rows[-1] / absmax[-1].clamp(TINY)"},
-    ),
-    "only the first piece is unpacked": (
-        LARGE,
-        {PIECES: "[[x[:step] for x in (rows, absmax, out)]]"},
-    ),
-    "absmax is always that of the first piece": (
-        LARGE,
-        {"float32), c, out=o": "float32), absmax[: len(r)], out=o"},
-    ),
-    "the high half of a byte comes last": (
-        SAME,
-        {TABLE: f"{TABLE}.flip(1).contiguous()"},
-    ),
-    "NaN goes through": (REFUSED, {MENDED: "or (absmax == torch.inf).any()"}),
-    "infinity goes through": (REFUSED, {MENDED: "or absmax.isnan().any()"}),
-    "only the first block is looked at": (
-        REFUSED,
-        {"double_quant else absmax ": "double_quant else absmax[:1] "},
-    ),
-    "the offset is forgotten": (NEAREST, {NESTED: NESTED[: -len(" + q.offset")]}),
-    "there is no offset": (
-        NEAREST,
-        {MEAN: "whole = torch.tensor(0.0) if double_quant"},
-    ),
-    "the offset is the largest": (
-        NEAREST,
-        {MEAN: "whole = absmax.max() if double_quant"},
-    ),
-    "nested blocks are of 64": (
-        NEAREST,
-        {
-            "whole, 256, DYNAMIC": "whole, 64, DYNAMIC",
+    },
+    test_a_weight_comes_back_in_its_shape_and_dtype_and_is_left_alone: {
+        "a tensor comes back flat": {".view(q.shape)": ""},
+        "a tensor comes back in float32": {
+            "dtype or q.dtype": "dtype or torch.float32"
+        },
+        "a packed weight shares NF4's table": {", copy=True)": ")"},
+    },
+    test_blocks_of_zeros_stay_zero: {
+        "a block of zeros gives NaN": {"(1 / absmax.clamp(TINY))": "(1 / absmax)"},
+        "the floor of a partial block is dropped": {
+            "        absmax[-1].clamp_(TINY)\n": "",
+            LAST: f"{LAST}.clamp(TINY)",
+        },
+    },
+    test_blocks_do_not_heed_each_other_in_a_large_tensor: {
+        "only the first piece is unpacked": {
+            PIECES: "for piece in [[t[0] for t in tensors]]:"
+        },
+        "absmax is always that of the first piece": {
+            UNPACK: "_unpack_into(*piece[:2], absmax[: len(piece[0])], pairs)"
+        },
+    },
+    test_nan_and_infinity_are_refused: {
+        "NaN goes through": {FINITE: "t.isinf().any()"},
+        "infinity goes through": {FINITE: "t.isnan().any()"},
+        "only the first block is looked at": {
+            '("a weight", absmax)': '("a weight", absmax[:1])'
+        },
+    },
+    test_only_a_plain_linear_is_packed: {
+        "a forward of its own is ignored": {PLAIN: "if False:"},
+        "a computed weight is packed": {
+            'if "weight" not in layer._parameters:': "if False:"
+        },
+        "hooks are dropped": {'any(hooks) or "forward" in vars(layer)': "False"},
+    },
+    test_a_class_of_its_own_that_is_a_plain_product_is_packed: {
+        "every class of its own is refused": {
+            PLAIN: "if type(base).forward is not nn.Linear.forward:"
+        },
+    },
+    test_a_bad_setting_of_a_layer_is_refused: {
+        "compute_dtype may be anything": {
+            '_check_float("compute_dtype", compute_dtype)': "pass"
+        },
+    },
+    test_an_input_of_another_width_or_of_whole_numbers_is_refused: {
+        "whole numbers go through": {"not x.is_floating_point() or": ""},
+        "an input may have any width": {WIDTH: "False"},
+    },
+    test_double_quantization_takes_the_nearest_dynamic_value: {
+        "the offset is forgotten": {" * nested_absmax + q.offset": " * nested_absmax"},
+        "there is no offset": {MEAN: "offset = torch.tensor(0.0)"},
+        "the offset is the largest": {MEAN: "offset = absmax.max()"},
+        "nested blocks are of 64": {
+            "absmax - offset, 256,": "absmax - offset, 64,",
             "interleave(256)": "interleave(64)",
         },
-    ),
-    "absmax go to the value below": (NEAREST, {MIDDLE: "levels[1:]"}),
-    "absmax go to the value above": (NEAREST, {MIDDLE: "levels[:-1]"}),
-    "an absmax's sign is lost": (
-        NEAREST,
-        {"_nearest(absmax - whole,": "_nearest((absmax - whole).abs(),"},
-    ),
-    "the midpoints are off by a thousandth of a step": (
-        test_absmax_next_to_a_midpoint_are_at_the_nearest_too,
-        {MIDDLE: f"({MIDDLE}).lerp(levels[1:], 0.001)"},
-    ),
-    "equal absmax give NaN": (EQUAL, {SCALE: "(1 / absmax)[:, None]"}),
-    "bits counts the codes alone": (WEIGHED, {BYTES: "self.codes.nbytes"}),
-    "bits forgets the nested absmax": (
-        WEIGHED,
-        {BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"},
-    ),
-    "a code takes a byte": (
-        WEIGHED,
-        {PACK: "near[: (n + 1)]", HELD: ")[:, None], None"},
-    ),
-    "a Conv1D is packed untransposed": (
-        PRODUCT,
-        {"weight.T if conv else weight": "weight"},
-    ),
-    "the product is with W, not its transpose": (PRODUCT, {THERE: THERE[:-2]}),
-    "the gradient goes through the wrong orientation": (
-        PRODUCT,
-        {BACK: BACK.replace(", None", ".T, None")},
-    ),
-    "the gradient passes W by": (
-        PRODUCT,
-        {BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.q.in_features), None"},
-    ),
-    "the bias is dropped": (PRODUCT, {"y if self.bias is None else": "y if True else"}),
-    "a layer is never doubly quantized": (
-        PRODUCT,
-        {"blocksize, code, double_quant)": "blocksize, code)"},
-    ),
-    "16 bits are computed in float32 and stay so": (
-        test_a_layer_in_16_bits_is_right_to_rounding,
-        {"y + self.bias.to(y.dtype)).to(x.dtype)": "y + self.bias.float())"},
-    ),
-    "compute_dtype is ignored": (COMPUTE, {"x.to(self.compute_dtype or x.dtype)": "x"}),
-    "the answer is in compute_dtype": (COMPUTE, {"y.dtype)).to(x.dtype)": "y.dtype))"}),
-    "the gradient is rounded to 8 bits": (
-        test_the_gradient_is_exact_in_float64,
-        {"grad.to(ctx.dtype) @": "grad.bfloat16().to(ctx.dtype) @"},
-    ),
-    "the bias is a copy": (
-        test_a_bias_stays_the_layers_own_frozen_or_trained,
-        {
-            "= base.bias, compute": "= copy.deepcopy(base.bias), compute",
+        "absmax go to the value below": {MIDDLE: "values[1:]"},
+        "absmax go to the value above": {MIDDLE: "values[:-1]"},
+        "an absmax's sign is lost": {
+            "_nearest(absmax - offset,": "_nearest((absmax - offset).abs(),"
+        },
+    },
+    test_absmax_next_to_a_midpoint_are_at_the_nearest_too: {
+        "the midpoints are off by a thousandth of a step": {
+            MIDDLE: f"({MIDDLE}).lerp(values[1:], 0.001)"
+        },
+    },
+    test_equal_absmax_leave_nothing_to_divide_by: {
+        "equal absmax give NaN": {"(1 / absmax.clamp(TINY))": "(1 / absmax)"},
+    },
+    test_a_weight_takes_4_bits_and_its_share_of_an_absmax: {
+        "bits counts the codes alone": {BYTES: "self.codes.nbytes"},
+        "bits forgets the nested absmax": {
+            BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"
+        },
+        "a code takes a byte": {CODE_PAIRS: "indices[: n + 1, None]"},
+    },
+    test_a_layer_multiplies_by_the_dequantized_weight: {
+        "a Conv1D is packed untransposed": {"_weight(base), b": "base.weight, b"},
+        "the product is with W, not its transpose": {"(q, x.dtype).T": "(q, x.dtype)"},
+        "the gradient goes through the wrong orientation": {
+            BACK: BACK.replace(", None", ".T, None")
+        },
+        "the gradient passes W by": {
+            BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.q.shape[1]), None"
+        },
+        "the bias is dropped": {"if self.bias is not None:": "if False:"},
+        "a layer is never doubly quantized": {
+            "(base), blocksize, code, double_quant)": "(base), blocksize, code)"
+        },
+    },
+    test_a_layer_in_16_bits_is_right_to_rounding: {
+        "16 bits are computed in float32 and stay so": {
+            "self.bias.to(y.dtype)": "self.bias.float()",
+            ANSWER: "return y",
+        },
+    },
+    test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs: {
+        "compute_dtype is ignored": {"x.to(self.compute_dtype or x.dtype)": "x"},
+        "the answer is in compute_dtype": {ANSWER: "return y"},
+    },
+    test_the_gradient_is_exact_in_float64: {
+        "the gradient is rounded to 8 bits": {
+            "grad.to(ctx.dtype) @": "grad.bfloat16().to(ctx.dtype) @"
+        },
+    },
+    test_a_bias_stays_the_layers_own_frozen_or_trained: {
+        "the bias is a copy": {
+            "self.bias = base.bias": "self.bias = copy.deepcopy(base.bias)",
             "import torch\n": "import copy\n\nimport torch\n",
         },
-    ),
-    "a layer is in train mode": (
-        test_a_bias_stays_the_layers_own_frozen_or_trained,
-        {"q.shape, base.training": "q.shape, True"},
-    ),
-    "autograd saves the weight": (
-        GONE,
-        {APPLY: "y = nn.functional.linear(y, dequantize(self, y.dtype))"},
-    ),
-    "the context keeps the weight": (
-        GONE,
-        {THERE: "ctx.w = dequantize(q, x.dtype)\n        return x @ ctx.w.T"},
-    ),
-    "the layer keeps the weight": (
-        GONE,
-        {THERE: "q.w = dequantize(q, x.dtype)\n        return x @ q.w.T"},
-    ),
-    "autocast decides the answer's dtype": (
-        test_autocast_rounds_as_it_does_a_plain_linear,
-        {"y.dtype)).to(x.dtype)": "y.dtype))"},
-    ),
-    "half() rounds absmax": (CASTS, {CAST: "pass"}),
-    "the weight does not follow a cast": (
-        CASTS,
-        {'fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype': "self.dtype"},
-    ),
-    "half() leaves the bias": (CASTS, {"super()._apply(fn, recurse)": "pass"}),
-    "a meta layer cannot be given memory": (
-        META,
-        {"if t.dtype != kept[k].dtype]": "]"},
-    ),
-    "a layer on the meta device is taken for NaN": (META, {"whole.is_meta or ": ""}),
-    "the code is not saved": (
-        WHOLE,
-        {CODE: ", nested_absmax=nested)\n    q.code = code"},
-    ),
-    "the mark is missing": (READ, {"weight.quant_state = True": "pass"}),
-    "the weight is read in float32": (
-        READ,
-        {"weight = dequantize(self)": "weight = dequantize(self, torch.float32)"},
-    ),
-    "compute_dtype may be anything": (
-        test_a_bad_setting_of_a_layer_is_refused,
-        {'getattr(compute_dtype or torch.half, "is_floating_point", False)': "True"},
-    ),
-    "a trace breaks": (
-        test_a_compiled_layer_agrees,
-        {
+        "a layer is in train mode": {"self.training = base.training": "pass"},
+    },
+    test_no_unpacked_weight_outlives_a_product: {
+        "autograd saves the weight": {
+            APPLY: "y = nn.functional.linear(y, dequantize(self, y.dtype))"
+        },
+        "the context keeps the weight": {
+            THERE: "ctx.dtype = x.dtype\n        ctx.w = dequantize(q, x.dtype)\n"
+            "        return x @ ctx.w.T"
+        },
+        "the layer keeps the weight": {
+            THERE: "ctx.dtype = x.dtype\n        q.w = dequantize(q, x.dtype)\n"
+            "        return x @ q.w.T"
+        },
+    },
+    test_autocast_rounds_as_it_does_a_plain_linear: {
+        "autocast decides the answer's dtype": {ANSWER: "return y"},
+    },
+    test_under_autocast_the_way_back_is_in_the_inputs_dtype: {
+        "the way back is in the gradient's dtype": {
+            BACK: "grad @ dequantize(ctx.q, grad.dtype), None"
+        },
+    },
+    test_a_cast_of_the_model_rounds_no_absmax: {
+        "half() rounds absmax": {"self._buffers[name] = before[name]": "before[name]"},
+        "the weight does not follow a cast": {"self.dtype = fn(probe).dtype": "pass"},
+        "half() leaves the bias": {"super()._apply(fn, recurse)": "pass"},
+    },
+    test_a_layer_goes_to_the_meta_device_and_back: {
+        "a meta layer cannot be given memory": {
+            "if tensor.dtype != before[name].dtype:": "if True:"
+        },
+        "a layer on the meta device is taken for NaN": {
+            f'not t.is_meta and {FINITE}:\n        raise ValueError(f"{{what}} is N': (
+                f'{FINITE}:\n        raise ValueError(f"{{what}} is N'
+            )
+        },
+    },
+    test_on_the_meta_device_nothing_is_compared: {
+        "a meta weight goes through piece by piece": {
+            "if weight.is_meta:\n        piece": "if False:\n        piece"
+        },
+        "shapes are compared": {"if x.is_meta:": "if False:"},
+    },
+    test_the_buffers_are_the_whole_of_a_weight: {
+        "the code is not saved": {
+            "(name, tensor)\n\n": '(name, tensor, persistent=name != "code")\n\n'
+        },
+    },
+    test_reading_the_weight_unpacks_it_anew_and_marks_it: {
+        "the mark is missing": {"W.quant_state = True": "pass"},
+        "the weight is read in float32": {
+            "W = dequantize(self)": "W = dequantize(self, torch.float32)"
+        },
+    },
+    test_a_compiled_layer_agrees: {
+        "a trace breaks": {
             "y = checkpoint(": "print(end='', flush=bool(x.sum() > 0))\n"
             "            y = checkpoint("
         },
-    ),
-    "the context holds the layer itself": (
-        test_the_way_back_is_through_the_buffers_of_the_way_there,
-        {"SimpleNamespace(**vars(self), **self._buffers)": "self"},
-    ),
-    "a compiled layer multiplies as any": (
-        test_a_compiled_layer_keeps_no_unpacked_weight,
-        {"if torch.compiler.is_compiling():  # a trace": "if False:  # a trace"},
-    ),
-    "the absmax are a view": (
-        test_no_buffer_is_a_view_of_more,
-        {"near[: len(absmax)].clone()": "near[: len(absmax)]"},
-    ),
-    "the codes are a view": (
-        test_no_buffer_is_a_view_of_more,
-        {PACK: "(near[::2] << 4 | near[1::2])[: (n + 1) // 2]"},
-    ),
-    "a cast makes tensors where the default says": (
-        test_a_layer_moves_whatever_the_default_device,
-        {', dtype=self.dtype, device="cpu")': ", dtype=self.dtype)"},
-    ),
-    "compiled, the half that is first comes last": (
-        COMPILED,
-        {"pairs[rows.int()]": "pairs.flip(1)[rows.int()]"},
-    ),
-    "compiled, every block has the first one's absmax": (
-        COMPILED,
-        {"[rows.int()] * absmax[:, None]": "[rows.int()] * absmax[:1, None]"},
-    ),
-    "compiled, a weight comes back in float32": (
-        COMPILED,
-        {"[:, None]).to(dtype or q.dtype)": "[:, None])"},
-    ),
-    "a LoRA gets no gradient through the layer": (
-        test_gradients_of_a_lora_are_those_over_the_unpacked_weight,
-        {BACK: "torch.zeros_like(grad) @ dequantize(ctx.q, ctx.dtype), None"},
-    ),
+    },
+    test_the_way_back_is_through_the_buffers_of_the_way_there: {
+        "the context holds the layer itself": {APPLY: "y = _Product.apply(y, self)"},
+    },
+    test_a_compiled_layer_keeps_no_unpacked_weight: {
+        "a compiled layer multiplies as any": {
+            "if torch.compiler.is_compiling():  # a trace": "if False:  # a trace"
+        },
+    },
+    test_no_buffer_is_a_view_of_more: {
+        "the absmax are a view": {"[: len(absmax)].clone()": "[: len(absmax)]"},
+        "the codes are a view": {
+            CODE_PAIRS: "(indices[::2] << 4 | indices[1::2])[: (n + 1) // 2, None]"
+        },
+    },
+    test_a_layer_moves_whatever_the_default_device: {
+        "a cast makes tensors where the default says": {PROBE: "dtype=self.dtype)"},
+    },
+    test_a_compiled_dequantize_agrees_to_the_bit: {
+        "compiled, the half that is first comes last": {
+            "pairs[rows.int()]": "pairs.flip(1)[rows.int()]"
+        },
+        "compiled, every block has the first one's absmax": {
+            "absmax[:, None, None]": "absmax[:1, None, None]"
+        },
+        "compiled, a weight comes back in float32": {
+            "[:, None, None]).to(dtype)": "[:, None, None])"
+        },
+    },
+    test_gradients_of_a_lora_are_those_over_the_unpacked_weight: {
+        "a LoRA gets no gradient through the layer": {
+            BACK: "torch.zeros_like(grad) @ dequantize(ctx.q, ctx.dtype), None"
+        },
+    },
 }
+MUTATIONS = {what: (law, c) for law, each in BROKEN.items() for what, c in each.items()}
