@@ -105,14 +105,13 @@ def test_each_decade_of_the_map_is_cut_twice_as_fine(adam8bit):
 
 
 def test_the_map_heeds_no_default(adam8bit):
-    want = adam8bit.dynamic_map()
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
             got = adam8bit.dynamic_map()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert got.device.type == "cpu" and same_bits(got, want)
+    assert got.device.type == "cpu" and same_bits(got, adam8bit.SIGNED)
 
 
 # The laws of packing
@@ -800,14 +799,14 @@ def test_the_librarys_cpu_table_is_not_the_nearest(signed):
     assert one_step_apart(codes, theirs, code), "by more than a bin"
 
 
-def pair(shape, dtype=torch.float32, decades=1.0, seed=0, **how):
+def pair(shape, dtype=torch.float32, decades=1.0):
     """The same weights twice, ours and the library's, and a source of gradients."""
-    how = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1) | how
-    own, lib = (parameter(*shape, seed=seed, dtype=dtype) for _ in range(2))
+    how = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    own, lib = (parameter(*shape, dtype=dtype) for _ in range(2))
     optimizers = reference.Adam8bit([own], **how), AdamW8bit([lib], **how)
 
     def gradients(t):
-        return [0.1 * noise(*shape, seed=seed + t + 1, decades=decades)]
+        return [0.1 * noise(*shape, seed=t + 1, decades=decades)]
 
     return own, lib, *optimizers, gradients
 
@@ -853,26 +852,14 @@ def test_a_step_from_the_librarys_state_is_the_librarys(dtype, shape, decades):
             assert one_step_apart(state[x], other[NAMES[x]], code), f"{x}: not one step"
 
 
-def test_weights_with_the_librarys_exact_codes_are_ours_for_50_steps():
-    own, lib, ours, theirs, gradients = pair((64, 128), decades=0.0)
-    with experiment.nearest_codes():
-        for t in range(50):
-            (g,) = gradients(t)
-            g += 0.01 * g.sign()  # no v so small that its nearest code is 0
-            (got,) = steps(ours, [own], [[g]])
-            (want,) = steps(theirs, [lib], [[g]])
-            assert same_bits(got, want), f"another way from step {t + 1} on"
-    for x, y in NAMES.items():
-        assert same_bits(ours.state[own][x], theirs.state[lib][y])
-
-
 def test_all_that_differs_from_the_librarys_exact_codes_is_v_at_0():
     own, lib, ours, theirs, gradients = pair((64, 128), decades=6.0)
     lost = 0
     with experiment.nearest_codes():
         for t in range(20):
-            steps(ours, [own], [gradients(t)])
-            steps(theirs, [lib], [gradients(t)])
+            (got,) = steps(ours, [own], [gradients(t)])
+            (want,) = steps(theirs, [lib], [gradients(t)])
+            assert same_bits(got, want), f"another way at step {t + 1}"
             state, other = ours.state[own], theirs.state[lib]
             for x in ("m", "m_absmax", "v_absmax"):
                 assert same_bits(state[x], other[NAMES[x]]), x
@@ -882,16 +869,6 @@ def test_all_that_differs_from_the_librarys_exact_codes_is_v_at_0():
             )
             take_over(own, lib, ours, theirs)
     assert lost > 100, "no v was lost: this proves nothing"
-
-
-def test_a_hundred_steps_stay_close_to_the_librarys():
-    own, lib, ours, theirs, gradients = pair((64, 128), weight_decay=0.01)
-    start = own.detach().clone()
-    for t in range(100):
-        (got,) = steps(ours, [own], [gradients(t)])
-        (want,) = steps(theirs, [lib], [gradients(t)])
-    gap, way = (got - want).norm(), (want - start).norm()
-    assert gap < 0.02 * way, f"{gap / way:.3f} of the way apart"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

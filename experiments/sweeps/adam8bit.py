@@ -15,7 +15,7 @@ from bitsandbytes.optim import AdamW8bit
 
 from experiments.common import records, scores, store, sweep
 from peftlab import adam8bit
-from peftlab.kit import data, measure, base_models
+from peftlab.kit import base_models, data, measure
 from peftlab.kit.results import share, shares, where
 from peftlab.kit.train import batches, collate
 
@@ -29,7 +29,7 @@ SEEDS, RATE, STEPS, BATCH = range(3), 1e-3, 200, 16
 
 
 def exact(x, code, blocksize=256):
-    """(codes, absmax) by the kernel that bitsandbytes keeps for devices without one of
+    """(codes, absmax) by the kernel that bitsandbytes has for devices without one of
     their own: it finds the nearest code, where its CPU looks in 65,536 bins."""
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     kernel = torch.ops.bitsandbytes.quantize_blockwise.default
@@ -41,8 +41,9 @@ def nearest_codes():
     """Within it the library's optimizers pack their states with `exact`."""
 
     def pack(x, code, absmax, codes, blocksize):
-        for kept, found in zip((codes, absmax), exact(x, code, blocksize), strict=True):
-            kept.copy_(found)
+        exact_codes, exact_absmax = exact(x, code, blocksize)
+        codes.copy_(exact_codes)
+        absmax.copy_(exact_absmax)
 
     table, cpu._quant_blockwise_fp32_direct = cpu._quant_blockwise_fp32_direct, pack
     try:
@@ -83,8 +84,9 @@ def tune(name, seed, steps=STEPS):
 def state_bytes(optimizer, least=1):
     """Bytes of m and v, with all that unpacking them needs, of the weights of `least`
     elements and more, counted from the storages (torch's step is a tensor too)."""
-    kept = [s.values() for p, s in optimizer.state.items() if p.numel() >= least]
-    return measure.nbytes(t for s in kept for t in s if torch.is_tensor(t) and t.dim())
+    states = [s.values() for p, s in optimizer.state.items() if p.numel() >= least]
+    tensors = [t for s in states for t in s if torch.is_tensor(t)]
+    return measure.nbytes(t for t in tensors if t.dim())
 
 
 @torch.no_grad()
