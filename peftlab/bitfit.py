@@ -13,11 +13,15 @@ BERT-base has 102,912 biases, 0.09% of it. A second setting of the paper trains 
 those of the queries and of the first feed-forward layer: `targets`. Models such as
 Llama have none: `create=True` makes them, zero, so step 0 changes nothing;
 `from_pretrained` would drop them, so create them again before `load_state_dict`. A bias
-has its layer's dtype: in 16 bits small steps round to nothing. The neighbour is norm
-tuning, `add_norms` (Zhao et al. 2023, arXiv 2312.11420; peft's LNTuning). No module is
-wrapped: `merge` just ends the training. peft has no BitFit. The paper also trains the
-task's new head; that is yours to unfreeze.
+has its layer's dtype, over packed weights float32: in 16 bits small steps round to
+nothing. The neighbour is norm tuning, `add_norms` (Zhao et al. 2023, arXiv 2312.11420;
+peft's LNTuning). No module is wrapped: `merge` just ends the training. peft has no
+BitFit. The paper also trains the task's new head; that is yours to unfreeze.
 """
+
+import inspect
+import re
+import warnings
 
 import torch
 from torch import nn
@@ -28,72 +32,143 @@ from . import surgery
 def add(model, create=False, targets=None):
     """Freeze `model` but for its biases, in place, and return it.
 
-    create: give every linear layer without a bias one, zero (the output head gets
-    none). targets: names of linear layers, each a full path or a dotted suffix
-    ("query"), or "all-linear"; then only their biases train. Raises ValueError, the
-    model unchanged, where there is no bias to train, for a target without a match or,
-    unless created, without a bias, and for BitFit twice."""
-    _refuse_twice(model)
-    named, linears = targets is not None, []
-    if named or create:
-        linears = surgery.select(model, targets if named else "all-linear")
+    A bias that would train nothing, because its layer computes it anew at each call or
+    never adds it, is left out with a warning, or refused where `targets` names it.
+
+    Args:
+        model: any module.
+        create: give every linear layer without a bias one, zero, (out,). The output
+            head gets none.
+        targets: None for all biases, the norms' and the head's too; or names of linear
+            layers, each a full path or a dotted suffix ("query"), or "all-linear": then
+            only their biases train.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, where there is no bias to train, for a target
+            without a match or, unless created, without a bias, and for a model that
+            carries a method already.
+    """
+    surgery.check_flag("create", create)
+    surgery.refuse_carried(model)
+    plain = surgery.uncompiled(model)
+
+    linears = []
+    if create or targets is not None:
+        names = "all-linear" if targets is None else targets
+        linears = surgery.select(plain, names)
     bare = [m for m in linears if m.bias is None]
     if bare and not create:
-        path = next(p for p, m in model.named_modules() if m is bare[0])
+        path = next(p for p, m in plain.named_modules() if m is bare[0])
         raise ValueError(f"{path} has no bias: create=True would make one, zero")
-    if not linears and not _biases(model):
+
+    idle = _unread(plain, bare)
+    idle |= _computed(plain, "bias", plain.modules() if targets is None else linears)
+    _leave_out(idle, refuse=isinstance(targets, list | tuple | set))
+    linears = [m for m in linears if m not in idle]
+    bare = [m for m in bare if m not in idle]
+    if not linears and (targets is not None or not _biases(plain)):
         raise ValueError("the model has no biases: create=True would make them, zero")
+
     for m in bare:
-        dtype = m.weight.dtype if m.weight.is_floating_point() else torch.float32
-        zeros = torch.zeros(m.out_features, dtype=dtype, device=m.weight.device)
-        m.bias = nn.Parameter(zeros)
-    return _train(model, [m.bias for m in linears] if named else _biases(model))
+        m.bias = nn.Parameter(_zeros(m))
+    chosen = _biases(plain) if targets is None else [m.bias for m in linears]
+    _train(plain, chosen)
+    return model
 
 
 def add_norms(model):
     """Freeze `model` but for its norms' weights and biases, in place, and return it.
 
-    A norm is a module whose class is called so (LayerNorm, LlamaRMSNorm). Raises
-    ValueError, the model unchanged, where there is none, and for BitFit twice."""
-    _refuse_twice(model)
-    norms = [m for m in model.modules() if "Norm" in type(m).__name__]
+    Args:
+        model: any module. A norm in it is one whose class is called so (LayerNorm,
+            LlamaRMSNorm) and that is no linear layer.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model unchanged, where no norm has weights, and for a model that
+            carries a method already.
+    """
+    surgery.refuse_carried(model)
+    plain = surgery.uncompiled(model)
+    norms = [m for m in plain.modules() if "Norm" in type(m).__name__]
+    norms = [m for m in norms if surgery.shape(m) is None]
+
+    idle = _computed(plain, "weight", norms) | _computed(plain, "bias", norms)
+    _leave_out(idle)
+    norms = [m for m in norms if m not in idle]
     chosen = [p for m in norms for p in m.parameters(recurse=False)]
     if not chosen:
         raise ValueError("the model has no norms with weights to train")
-    return _train(model, chosen)
+    _train(plain, chosen)
+    return model
 
 
 def state_dict(model, keep_vars=False):
-    """{name: tensor} of what trains: `path.bias` (out,), for norms `path.weight` too;
-    keep_vars gives parameters. ValueError without BitFit."""
-    names = getattr(model, "bitfit", None)
-    if names is None:
-        raise ValueError("the model carries no BitFit: call bitfit.add first")
-    own = {name: model.get_parameter(name) for name in names}
-    return own if keep_vars else {n: t.detach() for n, t in own.items()}
+    """Name all that trains.
+
+    Args:
+        model: one that carries BitFit.
+        keep_vars: give the parameters themselves, not detached tensors.
+
+    Returns:
+        {name: tensor}: `path.bias` (out,), for norms `path.weight` too.
+
+    Raises:
+        ValueError: without BitFit, and where a layer has left the model.
+    """
+    model = surgery.uncompiled(model)
+    names = _names(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name not in parameters:
+            raise ValueError(f"{name}, which BitFit trains, has left the model")
+    tensors = {name: parameters[name] for name in names}
+    return tensors if keep_vars else {name: t.detach() for name, t in tensors.items()}
 
 
 def load_state_dict(model, tensors):
-    """Copy {name: tensor}, as `state_dict` gives it, into the model. Raises ValueError,
-    nothing copied, for a missing or unexpected name or a wrong shape."""
+    """Copy what `state_dict` gave into the model.
+
+    Args:
+        model: one that carries BitFit on the same layers.
+        tensors: {name: tensor}, none missing and none more.
+
+    Raises:
+        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
+            what is no tensor of floats, NaN and infinity.
+    """
     surgery.load(state_dict(model), tensors)
 
 
 def merge(model):
-    """End the training: the biases stay, part of the model, which is returned, frozen.
-    ValueError without BitFit."""
-    state_dict(model)  # raises where there is no BitFit
-    del model.bitfit
+    """End the training: the biases stay, part of the model.
+
+    Args:
+        model: one that carries BitFit.
+
+    Returns:
+        The same model, frozen.
+
+    Raises:
+        ValueError: without BitFit.
+    """
+    plain = surgery.uncompiled(model)
+    _names(plain)  # raises where there is no BitFit
+    del plain.bitfit
     return model.requires_grad_(False)
 
 
-def _refuse_twice(model):
-    if hasattr(model, "bitfit"):
-        raise ValueError("the model carries BitFit already: merge it first")
-
-
-def _biases(model):
-    return [p for name, p in model.named_parameters() if name.endswith("bias")]
+def _names(model):
+    """The names of what trains. They are all that BitFit notes on a model."""
+    surgery.refuse_containers(model)
+    if not hasattr(model, "bitfit"):
+        raise ValueError("the model carries no BitFit: call bitfit.add first")
+    return model.bitfit
 
 
 def _train(model, chosen):
@@ -101,4 +176,74 @@ def _train(model, chosen):
     model.requires_grad_(False)
     ids = {id(p.requires_grad_(True)) for p in chosen}
     model.bitfit = tuple(n for n, p in model.named_parameters() if id(p) in ids)
-    return model
+
+
+def _biases(model):
+    named = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    return [p for p in named if p.is_floating_point() or p.is_complex()]
+
+
+def _zeros(layer):
+    """A bias to begin with, (out,)."""
+    W = layer.weight
+    dtype = torch.float32 if surgery.is_packed(W) else W.dtype
+    return torch.zeros(surgery.shape(layer)[0], dtype=dtype, device=W.device)
+
+
+# Biases that would train nothing
+
+
+def _leave_out(idle, refuse=False):
+    """Warn of the layers of {layer: sentence}, or refuse the first of them."""
+    for sentence in idle.values():
+        if refuse:
+            raise ValueError(f"{sentence}: it would train nothing")
+    if idle:
+        warnings.warn(f"BitFit leaves out: {'; '.join(idle.values())}", stacklevel=3)
+
+
+def _computed(model, name, layers):
+    """{layer: sentence} where pruning or a norm computes the bias or weight anew."""
+    idle = {}
+    layers = set(layers)
+    for path, m in model.named_modules():
+        t = getattr(m, name, None) if m in layers else None
+        plain = isinstance(t, nn.Parameter)
+        if torch.is_tensor(t) and t.is_floating_point() and not plain:
+            idle[m] = f"{path}.{name} is computed, no parameter"
+    return idle
+
+
+def _unread(model, layers):
+    """{layer: sentence} where a new bias would not be added."""
+    idle = {}
+    for parent_path, parent in model.named_modules():
+        for name, m in parent._modules.items():
+            if m in layers and not (_adds(m) and _reads(type(parent), name)):
+                idle[m] = f"{parent_path}.{name} would not add its bias".lstrip(".")
+    return idle
+
+
+def _adds(layer):
+    """Whether a layer adds a bias that is no zero: a forward of its own may not."""
+    layer.bias = nn.Parameter(_zeros(layer) + 1)
+    try:
+        return surgery.is_plain(layer)
+    finally:
+        layer.bias = None
+
+
+def _reads(kind, name):
+    """Whether a parent of this class calls its layer `name`, or reads its bias.
+
+    Mamba's kernel on a GPU and MobileBERT's head are given the weight alone. T5 asks
+    for the weight's dtype, and whether it is a tensor at all.
+    """
+    try:
+        methods = [getattr(kind, attr) for attr in dir(kind) if "forward" in attr]
+        source = "".join(map(inspect.getsource, methods))
+    except (OSError, TypeError):  # there is no text of it
+        return True
+    asked = r"\b(?!\.dtype|\.device|\.shape|, torch\.Tensor)"
+    weight_alone = re.search(rf"self\.{name}\.weight{asked}", source)
+    return not weight_alone or f"self.{name}.bias" in source

@@ -5,8 +5,10 @@ A law that takes only `adapter`, the module, is run again by tests/test_mutation
 broken copies of adapter.py. Messages name the mistake that gives the symptom.
 """
 
+import contextlib
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -45,9 +47,11 @@ from transformers import (
 )
 
 from peftlab import adapter as reference
+from peftlab import bitfit, lora, multi_lora
 from peftlab.kit import base_models
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+SITE, MLP = "encoder.layer.1.output", "model.layers.1.mlp"
 
 
 @pytest.fixture
@@ -114,6 +118,20 @@ def sub_layer(adapter, site, *placements, **settings):
     return layer(inner, x), layer.dense(inner), x, layer.LayerNorm, tensors
 
 
+def refused(model, words, call, *args, **settings):
+    """The call raises one sentence with these words, and the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words) as error:
+        call(model, *args, **settings)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
+
+
+def two(adapter):
+    """A model with two adapters, a and b."""
+    return adapter.add(adapter.add(encoder(), "pfeiffer", 3, "a"), "houlsby", 3, "b")
+
+
 # The laws
 
 
@@ -154,7 +172,7 @@ def test_down_starts_uniform_and_its_bias_at_zero(adapter):
 
 
 def test_houlsby_reads_what_the_sub_layer_returns(adapter):
-    for site in ("encoder.layer.1.attention.output", "encoder.layer.1.output"):
+    for site in ("encoder.layer.1.attention.output", SITE):
         got, h, x, norm, tensors = sub_layer(adapter, site, "houlsby")
         expected = norm(h + branch(tensors, site, h) + x)
         torch.testing.assert_close(
@@ -162,21 +180,17 @@ def test_houlsby_reads_what_the_sub_layer_returns(adapter):
         )
 
 
-def test_pfeiffer_reads_behind_the_norm_and_keeps_what_came_before_it(adapter):
-    site = "encoder.layer.1.output"
-    got, h, x, norm, tensors = sub_layer(adapter, site, "pfeiffer")
-    expected = norm(h + branch(tensors, site, norm(h + x)) + x)
+def test_pfeiffer_reads_behind_the_norm_and_returns_what_came_before_it(adapter):
+    got, h, x, norm, tensors = sub_layer(adapter, SITE, "pfeiffer")
+    expected = norm(h + branch(tensors, SITE, norm(h + x)) + x)
     torch.testing.assert_close(
-        got,
-        expected,
-        msg="u is LN(h + x); what is kept is h, not u, and LN runs a second time",
+        got, expected, msg="u is LN(h + x); what goes on is h, and LN runs again"
     )
 
 
 def test_parallel_reads_the_sub_layers_input_and_weighs_four(adapter):
-    site = "encoder.layer.1.output"
-    got, h, x, norm, tensors = sub_layer(adapter, site, "parallel")
-    expected = norm(h + 4 * branch(tensors, site, x) + x)
+    got, h, x, norm, tensors = sub_layer(adapter, SITE, "parallel")
+    expected = norm(h + 4 * branch(tensors, SITE, x) + x)
     torch.testing.assert_close(got, expected, msg="u is x, and s is 4")
 
 
@@ -237,11 +251,7 @@ def test_on_t5_u_is_not_normalised(adapter):
 
 def test_houlsby_sits_twice_in_a_layer_the_others_once(adapter):
     sites = {
-        "bert": (
-            "encoder.layer.{}.",
-            ["output"],
-            ["attention.output"],
-        ),
+        "bert": ("encoder.layer.{}.", ["output"], ["attention.output"]),
         "llama": ("model.layers.{}.", ["mlp"], ["self_attn"]),
         "t5": (
             "{}.block.{}.layer.",
@@ -264,18 +274,13 @@ def test_houlsby_sits_twice_in_a_layer_the_others_once(adapter):
 
 def test_an_adapter_has_2md_plus_d_plus_m_numbers(adapter):
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
-    for build, d, m, layers, pfeiffer in (
-        (lambda: BertModel(BertConfig()), 768, 48, 12, 894_528),
-        (
-            lambda: RobertaModel(RobertaConfig(**large, num_attention_heads=16)),
-            1024,
-            64,
-            24,
-            3_171_840,
-        ),
+    large = RobertaConfig(**large, num_attention_heads=16)
+    for kind, config, d, m, layers, pfeiffer in (
+        (BertModel, BertConfig(), 768, 48, 12, 894_528),
+        (RobertaModel, large, 1024, 64, 24, 3_171_840),
     ):
         with torch.device("meta"):
-            model = build()
+            model = kind(config)
         for name, number in (("pfeiffer", 1), ("parallel", 1), ("houlsby", 2)):
             adapter.add(model, name, m, name)
             own = adapter.state_dict(model, name)
@@ -317,10 +322,9 @@ def test_the_base_keeps_the_names_of_its_weights(adapter):
 
 
 def test_the_second_adapter_reads_what_the_first_returns(adapter):
-    site = "encoder.layer.1.output"
-    got, h, x, norm, tensors = sub_layer(adapter, site, "houlsby", "pfeiffer")
-    first = h + branch(tensors, site, h)
-    second = first + branch(tensors, site, norm(first + x), name="second")
+    got, h, x, norm, tensors = sub_layer(adapter, SITE, "houlsby", "pfeiffer")
+    first = h + branch(tensors, SITE, h)
+    second = first + branch(tensors, SITE, norm(first + x), name="second")
     torch.testing.assert_close(got, norm(second + x), msg="in sequence, as added")
 
 
@@ -335,13 +339,12 @@ def test_the_order_of_the_names_is_the_order_of_work(adapter):
 
 
 def test_two_parallel_adapters_add_up(adapter):
-    site = "encoder.layer.1.output"
-    got, h, x, norm, tensors = sub_layer(adapter, site, "parallel", "parallel")
-    both = branch(tensors, site, x) + branch(tensors, site, x, name="second")
+    got, h, x, norm, tensors = sub_layer(adapter, SITE, "parallel", "parallel")
+    both = branch(tensors, SITE, x) + branch(tensors, SITE, x, name="second")
     torch.testing.assert_close(got, norm(h + 4 * both + x), msg="each reads x alone")
 
 
-def test_switched_off_is_the_base_model(adapter):
+def test_turned_off_is_the_base_model(adapter):
     for build in FAMILIES.values():
         plain, model = plain_output(build()), build()
         adapter.add(model, "houlsby", 4, "a")
@@ -372,39 +375,29 @@ def test_the_state_dict_goes_round(adapter):
 
 
 def test_one_adapter_of_two_is_saved_and_loaded_by_its_name(adapter):
-    def both():
-        return adapter.add(
-            adapter.add(encoder(), "pfeiffer", 3, "a"), "houlsby", 3, "b"
-        )
-
-    one, two = fill(both(), adapter), both()
-    tensors = {n: t.clone() for n, t in adapter.state_dict(one, "a").items()}
+    model, other = fill(two(adapter), adapter), two(adapter)
+    tensors = {n: t.clone() for n, t in adapter.state_dict(model, "a").items()}
     assert len(tensors) == 8 and all(".adapters.a." in n for n in tensors)
-    adapter.load_state_dict(two, tensors, "a")
-    assert all(torch.equal(adapter.state_dict(two)[n], t) for n, t in tensors.items())
-    assert not any(t.any() for n, t in adapter.state_dict(two).items() if ".b.up" in n)
-    with pytest.raises(ValueError):
-        adapter.load_state_dict(two, tensors)  # all of them are meant, b too
+    adapter.load_state_dict(other, tensors, "a")
+    own = adapter.state_dict(other)
+    assert all(torch.equal(own[n], t) for n, t in tensors.items())
+    assert not any(t.any() for n, t in own.items() if ".b.up" in n)
+    refused(other, "", adapter.load_state_dict, tensors)  # all are meant, b too
 
 
 def test_loading_is_strict(adapter):
     model = fill(adapter.add(encoder(), "houlsby", 3), adapter)
     good = {n: t.clone() + 1 for n, t in adapter.state_dict(model).items()}
-    before = snapshot(model)
-    up = "encoder.layer.1.output.adapters.default.up.weight"
-    bad = [
+    up = f"{SITE}.adapters.default.up.weight"
+    for tensors in (
         {},
         {n: t for n, t in good.items() if n != up},
         {**good, up.replace("default", "other"): good[up]},
         {**good, up: good[up].T},
         {**good, up: good[up][:, :1]},
         {**good, up: None},
-    ]
-    for tensors in bad:
-        with pytest.raises(ValueError) as error:
-            adapter.load_state_dict(model, tensors)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
+    ):
+        refused(model, "", adapter.load_state_dict, tensors)
     adapter.load_state_dict(model, good)
 
 
@@ -426,20 +419,94 @@ def test_a_deep_copy_is_a_model_of_its_own(adapter):
         twin = copy.deepcopy(model)
         assert torch.equal(plain_output(twin), output)
         jiggle(adapter.state_dict(twin).values())
-        assert not torch.equal(plain_output(twin), output), (
-            "the copy runs the original's"
-        )
+        assert not torch.equal(plain_output(twin), output), "it runs the original's"
         adapter.activate(twin, [])
         assert torch.equal(plain_output(model), output), "the original follows its copy"
 
 
-def test_no_activation_is_kept_after_a_forward_pass(adapter):
-    model = adapter.add(encoder(), "parallel", 3)
-    run(model)
-    for module in model.modules():
-        held = [v for v in vars(module).values() if isinstance(v, tuple) and v]
-        held = [v for v in held if torch.is_tensor(v[0])]
-        assert not held, "memory: a hook keeps a sub-layer's input alive"
+def stop_at(model, site, error):
+    """A forward pass that ends with an error inside the sub-layer at a site."""
+
+    def fail(*_):
+        raise error("stopped")
+
+    layer = model.get_submodule(site)
+    inner = layer.down_proj if hasattr(layer, "down_proj") else layer.dense
+    handle = inner.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        run(model)
+    handle.remove()
+
+
+def test_no_activation_stays_after_a_forward_pass(adapter):
+    for build, site in ((encoder, "encoder.layer.1.output"), (llama, MLP)):
+        model = adapter.add(build(), "parallel", 3)
+        run(model)
+        assert not adapter.WAITING.inputs, "memory: a sub-layer's input stays alive"
+        stop_at(model, site, RuntimeError)
+        assert not adapter.WAITING.inputs, "memory: an error leaves an input behind"
+
+
+def test_a_pass_that_was_interrupted_does_not_reach_the_next(adapter):
+    models = [adapter.add(llama(), "parallel", 3) for _ in range(2)]
+    for seed, model in enumerate(models):
+        fill(model, adapter, seed=seed)
+    want = plain_output(models[0])
+    for model in models:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.model.layers[1].mlp, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(model)
+    assert torch.equal(plain_output(models[0]), want), "x is another pass's"
+    plain_output(models[1])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_threads_in_one_model_do_not_mix(adapter):
+    model = fill(adapter.add(llama(), "parallel", 3), adapter)
+    batches = torch.arange(3, 33).reshape(2, 3, 5)
+    want = [model(ids)[0] for ids in batches]
+    barrier, got = threading.Barrier(2, timeout=20), [None, None]
+
+    def work(i):
+        with torch.no_grad(), contextlib.suppress(Exception):
+            got[i] = model(batches[i])[0]
+
+    for layer in model.model.layers:  # both are between the entry and the exit
+        layer.mlp.register_forward_pre_hook(lambda *_: barrier.wait() * 0 or None)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    for i in range(2):
+        assert got[i] is not None, "a thread raised"
+        torch.testing.assert_close(got[i], want[i], msg="another thread's x")
+
+
+def replica(model):
+    """A copy as nn.DataParallel makes it: its own tensors, and the model's hooks."""
+    twins = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for m, twin in twins.items():
+        for name, child in m._modules.items():
+            setattr(twin, name, twins[child])
+        for name, p in m._parameters.items():
+            setattr(twin, name, None if p is None else p.detach() * 1.5)
+        twin._buffers = dict(m._buffers)
+    return twins[model]
+
+
+def test_a_replica_runs_its_own_adapters(adapter):
+    for build in (encoder, llama):
+        model = fill(adapter.add(build(), "parallel", 3), adapter)
+        larger = adapter.add(build(), "parallel", 3)
+        larger.load_state_dict(model.state_dict())
+        for p in larger.parameters():
+            p.data *= 1.5
+        want = plain_output(larger)
+        torch.testing.assert_close(plain_output(replica(model)), want)
 
 
 def test_adapters_are_float32_over_a_16_bit_base(adapter):
@@ -459,13 +526,9 @@ def test_adapters_are_float32_over_a_16_bit_base(adapter):
 def test_a_name_is_free_once(adapter):
     model = adapter.add(encoder(), "houlsby", 3, "values")  # a ModuleDict refuses it
     adapter.add(model, "houlsby", 3, "train")
-    before = snapshot(model)
     for name in ("values", "train"):
         for placement in PLACEMENTS:
-            with pytest.raises(ValueError, match=name) as error:
-                adapter.add(model, placement, 3, name)
-            assert_one_sentence(error)
-            assert_unchanged(model, before)
+            refused(model, name, adapter.add, placement, 3, name)
     assert len(adapter.state_dict(model, "values")) == 16
 
 
@@ -529,96 +592,91 @@ def test_autocast_comes_close_to_float32(build):
     assert gap < 0.05, f"autocast moves the outputs by {gap:.1%}"
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_gradients_under_checkpointing_are_the_same(placement):
+def test_gradients_under_checkpointing_are_the_same(placement, reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = fill(reference.add(llama(), placement, 4), reference).train()
+        model.enable_input_require_grads()  # or reentrant ones are left out
         if checkpointing:
-            how = dict(use_reentrant=False)
-            model.activation_checkpointing_enable(how)
+            model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
         run(model).sin().sum().backward()
         own = reference.state_dict(model, keep_vars=True)
         gradients.append({n: p.grad for n, p in own.items()})
-        copy.deepcopy(model)  # nothing of the second forward pass is left behind
+        assert not reference.WAITING.inputs, "the second forward pass left something"
     for name, g in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], g, msg=name)
 
 
-# Bad input: one sentence each, and the model as it was
+def test_a_compiled_model_stays_in_one_piece_and_has_plain_names():
+    model = llama()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    fill(reference.add(compiled, "parallel", 4), reference)
+    assert reference.state_dict(compiled).keys() == reference.state_dict(model).keys()
+    for names in (["default"], []):
+        reference.activate(compiled, names)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**BATCH)[0], run(model))
 
+
+# What cannot be: one sentence each, and the model as it was
+
+STATE = {"activate": [[]], "state_dict": [], "load_state_dict": [{}]}
 BAD = {
-    "an unknown placement": dict(placement="lora"),
-    "no placement": dict(placement=None),
-    "a list of placements": dict(placement=["houlsby"]),
-    "bottleneck=0": dict(bottleneck=0),
-    "bottleneck=-8": dict(bottleneck=-8),
-    "bottleneck=1.0": dict(bottleneck=1.0),
-    "bottleneck=True": dict(bottleneck=True),
-    "bottleneck='8'": dict(bottleneck="8"),
-    "bottleneck=None": dict(bottleneck=None),
-    "an empty name": dict(name=""),
-    "a name with a dot": dict(name="de.dates"),
-    "a name that is None": dict(name=None),
-    "a name that is a number": dict(name=3),
-    "a name that is a list": dict(name=["de"]),
-    "an unknown activation": dict(activation="softmax"),
-    "an activation that is a function": dict(activation=torch.relu),
-    "scale=0": dict(scale=0),
-    "scale=-1": dict(scale=-1.0),
-    "scale=nan": dict(scale=math.nan),
-    "scale=inf": dict(scale=math.inf),
-    "scale='4'": dict(scale="4"),
-    "scale=True": dict(scale=True),
+    "placement": ["lora", None, ["houlsby"]],
+    "bottleneck": [0, -8, 1.0, True, "8", None, 10**400],
+    "name": ["", "de.dates", None, 3, ["de"]],
+    "activation": ["softmax", torch.relu, None],
+    "scale": [0, -1.0, math.nan, math.inf, "4", True, 10**400],
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence_and_changes_nothing(case):
+@pytest.mark.parametrize("setting, value", [(k, v) for k in BAD for v in BAD[k]])
+def test_bad_input_is_refused(setting, value):
     model = encoder()
     model.pooler.requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(ValueError) as error:
-        reference.add(model, **{"placement": "houlsby", "bottleneck": 4, **BAD[case]})
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    settings = {"placement": "houlsby", "bottleneck": 4, setting: value}
+    refused(model, "", reference.add, **settings)
 
 
-@pytest.mark.parametrize("build", [gpt2, lambda: nn.Sequential(nn.Linear(4, 4))])
-def test_an_unknown_architecture_is_refused_by_what_is_known(build):
-    model = build()
-    before = snapshot(model)
-    for placement in PLACEMENTS:
-        with pytest.raises(ValueError, match="BERT, RoBERTa, T5 and Llama") as error:
-            reference.add(model, placement, 4)
-        assert_one_sentence(error)
-    assert_unchanged(model, before)
+def test_an_unknown_architecture_is_refused_by_what_is_known():
+    for model in (gpt2(), nn.Sequential(nn.Linear(4, 4))):
+        for placement in PLACEMENTS:
+            words = "BERT, RoBERTa, T5 and Llama"
+            refused(model, words, reference.add, placement, 4)
 
 
 @pytest.mark.parametrize(
     "names", ["a", ["c"], ["a", "c"], ["a", "a"], [None], [["a"]], None, 3, {"a"}]
 )
-def test_activate_refuses_what_it_does_not_know_and_changes_nothing(names):
-    model = reference.add(
-        reference.add(encoder(), "houlsby", 3, "a"), "pfeiffer", 3, "b"
-    )
-    output = plain_output(fill(model, reference))
-    with pytest.raises(ValueError, match="'a', 'b'") as error:
-        reference.activate(model, names)
-    assert_one_sentence(error)
+def test_activate_refuses_what_it_does_not_know(names):
+    model = fill(two(reference), reference)
+    output = plain_output(model)
+    refused(model, "'a', 'b'", reference.activate, names)
     assert torch.equal(plain_output(model), output)
 
 
-@pytest.mark.parametrize("verb", ["state_dict", "load_state_dict", "activate"])
-def test_the_verbs_say_so_where_there_is_no_adapter(verb):
-    model, more = encoder(), dict(load_state_dict=[{}], activate=[[]])
-    before = snapshot(model)
-    with pytest.raises(ValueError) as error:
-        getattr(reference, verb)(model, *more.get(verb, []))
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
-    with pytest.raises(ValueError, match="'de'"):
-        reference.state_dict(reference.add(model, "houlsby", 3), "de")
+@pytest.mark.parametrize("function", STATE)
+def test_the_functions_say_so_where_there_is_no_adapter(function):
+    call, more = getattr(reference, function), STATE[function]
+    refused(encoder(), "", call, *more)
+    model = reference.add(encoder(), "houlsby", 3)
+    refused(nn.DataParallel(model), "wrapped by", call, *more)
+    with pytest.raises(ValueError, match="nn.Module"):
+        call(None, *more)
+    refused(model, "'de'", reference.state_dict, "de")
+
+
+def test_another_method_beneath_is_refused():
+    held = multi_lora.switch(multi_lora.add(encoder(), "fi", ["query"]), None)
+    for model in (lora.add(encoder(), ["query"]), bitfit.add(encoder()), held):
+        refused(model, "carries", reference.add, "houlsby", 3)
+    for model in (encoder(), reference.add(encoder(), "houlsby", 3)):
+        wrapped = nn.DataParallel(model)
+        refused(wrapped, "wrapped by", reference.add, "houlsby", 3, "b")
+    with pytest.raises(ValueError, match="nn.Module"):
+        reference.add(None, "houlsby", 3)
 
 
 # adapter.py copied alone, for tests/test_standalone.py
@@ -657,197 +715,183 @@ assert torch.equal(model["output"](h, x), plain)
 
 # Broken copies, for tests/test_mutations.py
 
-UP = "(h + self.scale * self.up(self.f(self.down(u)))).to(h.dtype)"
+CHANGE = "(h + self.scale * change).to(h.dtype)"
 ZEROS = "(self.down.bias, self.up.weight, self.up.bias)"
 FREEZE = "    model.requires_grad_(False)\n"
-ACTIVE = "[*next(iter(old.values()), ()), name]"
 DEFAULT = '4.0 if placement == "parallel" else 1.0'
-SITE = "owner.adapters = Site"
-START = test_adding_an_adapter_changes_no_output
-HOULSBY = test_houlsby_reads_what_the_sub_layer_returns
-PFEIFFER = test_pfeiffer_reads_behind_the_norm_and_keeps_what_came_before_it
-PARALLEL = test_parallel_reads_the_sub_layers_input_and_weighs_four
-LLAMA = test_on_llama_u_is_not_normalised
-T5 = test_on_t5_u_is_not_normalised
-TWICE = test_houlsby_sits_twice_in_a_layer_the_others_once
-OFF = test_switched_off_is_the_base_model
-STRICT = test_loading_is_strict
-COPY = test_a_deep_copy_is_a_model_of_its_own
+NEW = "place.owner.adapters = Site()"
+TYPE = "torch.promote_types(width.dtype, torch.float32)"
+LOOP = "        for name in self.active:\n"
+RUN = "h = self._modules[name](h, x, norm)"
+FIRST = {LOOP: "        first = h\n" + LOOP}
+ACTIVE = "site.active = tuple(names)"
+SAVED = 'tensors |= module.named_parameters(f"{path}.{adapter}")'
+LOAD = "_load(state_dict(model, name), tensors)"
+BY_OWNER = "_hook(lambda m, a, o, owner=place.owner: _leave(owner, a, o))"
+WAIT = "WAITING.inputs[entry] = args[-1]"
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "up starts at random": (START, {ZEROS: "(self.down.bias, self.up.bias)"}),
-    "up's bias starts at random": (START, {ZEROS: "(self.down.bias, self.up.weight)"}),
-    "down's bias starts at random": (
-        test_down_starts_uniform_and_its_bias_at_zero,
-        {ZEROS: "(self.up.weight, self.up.bias)"},
-    ),
-    "up and down start at zero": (
-        test_down_starts_uniform_and_its_bias_at_zero,
-        {ZEROS: "self.parameters()"},
-    ),
-    "the adapter is dead": (
-        test_the_first_gradient_reaches_up_and_not_down,
-        {UP: "h"},
-    ),
-    "down and up start at random": (
-        test_the_first_gradient_reaches_up_and_not_down,
-        {ZEROS: "(self.down.bias,)"},
-    ),
-    "no skip connection": (START, {UP: UP.replace("h + ", "", 1)}),
-    "no nonlinearity": (HOULSBY, {"self.f(self.down(u))": "self.down(u)"}),
-    "houlsby reads the input": (HOULSBY, {"x, norm: h,": "x, norm: x,"}),
-    "houlsby reads h + x": (HOULSBY, {"x, norm: h,": "x, norm: h + x,"}),
-    "pfeiffer reads before the norm": (
-        PFEIFFER,
-        {"norm: norm(h + x)": "norm: h + x"},
-    ),
-    "pfeiffer forgets the residual": (PFEIFFER, {"norm(h + x)": "norm(h)"}),
-    "pfeiffer reads what houlsby reads": (PFEIFFER, {"norm: norm(h + x)": "norm: h"}),
-    "what is read is kept, not h": (PFEIFFER, {UP: UP.replace("h + ", "u + ", 1)}),
-    "parallel reads the output": (PARALLEL, {"norm: x,": "norm: h,"}),
-    "parallel weighs one": (PARALLEL, {DEFAULT: "1.0"}),
-    "all weigh four": (HOULSBY, {DEFAULT: "4.0"}),
-    "the scale is ignored": (
-        test_the_scale_and_the_activation_are_settings,
-        {"self.scale * self.up": "self.up"},
-    ),
-    "the activation is ignored": (
-        test_the_scale_and_the_activation_are_settings,
-        {"getattr(nn.functional, f)": "nn.functional.relu"},
-    ),
-    "the input is read behind its norm": (
-        LLAMA,
-        {"self._seen = args[-1]": "self._seen = module.forward(*args)"},
-    ),
-    "llama's adapters read the other sub-layer's input": (
-        LLAMA,
-        {"m.mlp, m.post_attention_layernorm,": "m.mlp, m.input_layernorm,"},
-    ),
-    "t5's pfeiffer reads what it normalises": (
-        T5,
-        {"lambda t: t": "module"},
-    ),
-    "t5's attention has none": (TWICE, {"T5Layer(Self.*|FF)": "T5Layer(FF)"}),
-    "t5's cross-attention has one": (
-        TWICE,
-        {"T5Layer(Self.*|FF)": "T5Layer(.*Attention|FF)"},
-    ),
-    "pfeiffer sits behind attention too": (
-        TWICE,
-        {'p[-1] or placement == "h': '1 or "h'},
-    ),
-    "houlsby sits once": (TWICE, {'p[-1] or placement == "houlsby"': "p[-1]"}),
-    "no biases": (
-        test_an_adapter_has_2md_plus_d_plus_m_numbers,
-        {"m, **like), nn": "m, False, **like), nn", ZEROS: "(self.up.weight,)"},
-    ),
-    "the width is one too many": (
-        test_an_adapter_has_2md_plus_d_plus_m_numbers,
-        {"nn.Linear(len(w), m,": "nn.Linear(len(w), m := m + 1,"},
-    ),
-    "the base is not frozen": (test_only_the_new_adapter_trains, {FREEZE: ""}),
-    "all of it is frozen": (
-        test_only_the_new_adapter_trains,
-        {"    return activate(model, [*": f"{FREEZE}    return activate(model, [*"},
-    ),
-    "the base trains along": (
-        test_frozen_weights_are_bit_identical_after_training,
-        {FREEZE: ""},
-    ),
-    "the base's modules go by other names": (
-        test_the_base_keeps_the_names_of_its_weights,
-        {SITE: "owner.base = getattr(entry, 'LayerNorm', entry); " + SITE},
-    ),
-    "the second adapter reads what the first read": (
-        test_the_second_adapter_reads_what_the_first_returns,
-        {"        for name in (n": "        first = h\n        for name in (n"}
-        | {
-            "h = self._modules[name](h, x, norm)": "h = h - first + "
-            "self._modules[name](first, x, norm)"
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_adding_an_adapter_changes_no_output: {
+        "up starts at random": {ZEROS: "(self.down.bias, self.up.bias)"},
+        "up's bias starts at random": {ZEROS: "(self.down.bias, self.up.weight)"},
+        "no skip connection": {CHANGE: CHANGE.replace("h + ", "", 1)},
+    },
+    test_down_starts_uniform_and_its_bias_at_zero: {
+        "down's bias starts at random": {ZEROS: "(self.up.weight, self.up.bias)"},
+        "up and down start at zero": {ZEROS: "self.parameters()"},
+    },
+    test_the_first_gradient_reaches_up_and_not_down: {
+        "the adapter is dead": {CHANGE: "h"},
+        "down and up start at random": {ZEROS: "(self.down.bias,)"},
+    },
+    test_houlsby_reads_what_the_sub_layer_returns: {
+        "no nonlinearity": {"self.f(self.down(u))": "self.down(u)"},
+        "houlsby reads the input": {"x, norm: h,": "x, norm: x,"},
+        "houlsby reads h + x": {"x, norm: h,": "x, norm: h + x,"},
+        "all weigh four": {DEFAULT: "4.0"},
+    },
+    test_pfeiffer_reads_behind_the_norm_and_returns_what_came_before_it: {
+        "pfeiffer reads before the norm": {"norm: norm(h + x)": "norm: h + x"},
+        "pfeiffer forgets the residual": {"norm(h + x)": "norm(h)"},
+        "pfeiffer reads what houlsby reads": {"norm: norm(h + x)": "norm: h"},
+        "what is read goes on, not h": {CHANGE: CHANGE.replace("h + ", "u + ", 1)},
+    },
+    test_parallel_reads_the_sub_layers_input_and_weighs_four: {
+        "parallel reads the output": {"norm: x,": "norm: h,"},
+        "parallel weighs one": {DEFAULT: "1.0"},
+    },
+    test_the_scale_and_the_activation_are_settings: {
+        "the scale is ignored": {"self.scale * change": "change"},
+        "the activation is ignored": {
+            "getattr(nn.functional, f)": "nn.functional.relu"
         },
-    ),
-    "the adapters work in the order of adding": (
-        test_the_order_of_the_names_is_the_order_of_work,
-        {"n in self._active if n in self)": "n in self if n in self._active)"},
-    ),
-    "the last of two parallel ones is left alone": (
-        test_two_parallel_adapters_add_up,
-        {"        for name in (n": "        first = h\n        for name in (n"}
-        | {"(h, x, norm)\n        return": "(first, x, norm)\n        return"},
-    ),
-    "switching off does nothing": (OFF, {"site._active = tuple(names)": "pass"}),
-    "only the first may be switched off": (
-        OFF,
-        {"site._active = tuple(names)": "site._active = tuple(names) or ('a',)"},
-    ),
-    "a new adapter wakes the others": (
-        test_a_new_adapter_leaves_off_what_is_off,
-        {ACTIVE: "[*old, name]"},
-    ),
-    "the state dict leaves biases out": (
-        test_the_state_dict_goes_round,
-        {"if name in (None, k.split": "if 'bias' not in k and name in (None, k.split"},
-    ),
-    "the state dict is always everyone's": (
-        test_one_adapter_of_two_is_saved_and_loaded_by_its_name,
-        {"if name in (None, k.split": "if True or name in (None, k.split"},
-    ),
-    "loading is not strict": (
-        STRICT,
-        {
-            "if got != want or path not in own:": "if path in tensors and path in own"
-            " and got != want:",
-            "t.copy_(tensors[path])": "t.copy_(tensors.get(path, t))",
+    },
+    test_on_llama_u_is_not_normalised: {
+        "the input is read behind its norm": {
+            WAIT: "WAITING.inputs[entry] = entry.forward(*args)"
         },
-    ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"own.keys() | tensors.keys()": "own.keys()"},
-    ),
-    "train() moves a weight": (
-        test_train_and_eval_change_no_weight,
-        {
-            "    def enter(self,": "    def train(self, mode=True):\n"
+        "llama's adapters read the other sub-layer's input": {
+            "(m.post_attention_layernorm, m.mlp,": "(m.input_layernorm, m.mlp,"
+        },
+    },
+    test_on_t5_u_is_not_normalised: {
+        "t5's pfeiffer reads what it normalises": {
+            "lambda t: t)": "getattr(entry, 'layer_norm', lambda t: t))"
+        },
+    },
+    test_houlsby_sits_twice_in_a_layer_the_others_once: {
+        "t5's attention has none": {"T5Layer(Self.*|FF)": "T5Layer(FF)"},
+        "t5's cross-attention has one": {
+            "T5Layer(Self.*|FF)": "T5Layer(.*Attention|FF)"
+        },
+        "pfeiffer sits behind attention too": {
+            'p.feed_forward or placement == "h': '1 or "h'
+        },
+        "houlsby sits once": {
+            'p.feed_forward or placement == "houlsby"': "p.feed_forward"
+        },
+    },
+    test_an_adapter_has_2md_plus_d_plus_m_numbers: {
+        "no biases": {"len(width), m, **": "len(width), m, False, **", ZEROS: "()"},
+        "the width is one too many": {"len(width), m,": "len(width), m := m + 1,"},
+    },
+    test_only_the_new_adapter_trains: {
+        "the base is not frozen": {FREEZE: ""},
+        "all of it is frozen": {
+            "    return activate(model, [*": f"{FREEZE}    return activate(model, [*"
+        },
+    },
+    test_frozen_weights_are_bit_identical_after_training: {
+        "the base trains along": {FREEZE: ""},
+    },
+    test_the_base_keeps_the_names_of_its_weights: {
+        "the base's modules go by other names": {
+            NEW: "place.owner.base = getattr(place.entry, 'LayerNorm', place.entry);"
+            + NEW
+        },
+    },
+    test_the_second_adapter_reads_what_the_first_returns: {
+        "the second adapter reads what the first read": FIRST
+        | {RUN: "h = h - first + self._modules[name](first, x, norm)"},
+    },
+    test_the_order_of_the_names_is_the_order_of_work: {
+        "the adapters work in the order of adding": {
+            "for name in self.active:": "for name in self:",
+            "if name in self:": "if name in self.active:",
+        },
+    },
+    test_two_parallel_adapters_add_up: {
+        "the last of two parallel ones is left alone": FIRST
+        | {RUN: "h = self._modules[name](first, x, norm)"},
+    },
+    test_turned_off_is_the_base_model: {
+        "turning off does nothing": {ACTIVE: "pass"},
+        "only the first may be turned off": {ACTIVE: f"{ACTIVE} or ('a',)"},
+    },
+    test_a_new_adapter_leaves_off_what_is_off: {
+        "a new adapter wakes the others": {"[*active, name]": "[*taken, name]"},
+    },
+    test_the_state_dict_goes_round: {
+        "the state dict leaves biases out": {
+            SAVED: "tensors |= {f'{path}.{adapter}.{n}': p for n, p in"
+            " module.named_parameters() if 'bias' not in n}"
+        },
+    },
+    test_one_adapter_of_two_is_saved_and_loaded_by_its_name: {
+        "the state dict is always everyone's": {
+            "if name is None or name == adapter:": "if True:"
+        },
+    },
+    test_loading_is_strict: {
+        "loading is not strict": {
+            LOAD: "[t.copy_(tensors.get(n, t)) for n, t in state_dict(model).items()]"
+        },
+        "loading lets the unexpected pass": {
+            LOAD: "own = state_dict(model)\n"
+            "    _load(own, {n: t for n, t in tensors.items() if n in own})"
+        },
+    },
+    test_train_and_eval_change_no_weight: {
+        "train() moves a weight": {
+            "    active = ()\n": "    active = ()\n\n"
+            "    def train(self, mode=True):\n"
             "        for p in self.parameters():\n"
             "            p.data *= 1 + 1e-3 * mode\n"
-            "        return super().train(mode)\n\n"
-            "    def enter(self,"
+            "        return super().train(mode)\n"
         },
-    ),
-    "a copy runs the original's adapters": (
-        COPY,
-        {
-            "_hook(owner.adapters.leave)": "_hook("
-            "lambda m, a, o, site=owner.adapters: site.leave(m, a, o))"
-        }
-        | {
-            "_hook(owner.adapters.enter)": "_hook("
-            "lambda m, a, site=owner.adapters: site.enter(m, a))"
+    },
+    test_a_deep_copy_is_a_model_of_its_own: {
+        "a copy runs the original's adapters": {"_hook(_leave)": BY_OWNER},
+        "the input stays on a module": {
+            WAIT: "WAITING.inputs[entry] = entry.seen = args[-1]"
         },
-    ),
-    "the input of a sub-layer is kept": (
-        COPY,
-        {"(x, norm), self._seen = self._seen, None": "x, norm = self._seen"},
-    ),
-    "the input stays in memory": (
-        test_no_activation_is_kept_after_a_forward_pass,
-        {"(x, norm), self._seen = self._seen, None": "x, norm = self._seen"},
-    ),
-    "the adapters are in the base's 16 bits": (
-        test_adapters_are_float32_over_a_16_bit_base,
-        {"torch.promote_types(w.dtype, torch.float32)": "w.dtype"},
-    ),
-    "the answer is in float32": (
-        test_adapters_are_float32_over_a_16_bit_base,
-        {UP: UP.removesuffix(".to(h.dtype)")},
-    ),
-    "float32 over a float64 base": (
-        test_adapters_are_float32_over_a_16_bit_base,
-        {"torch.promote_types(w.dtype, torch.float32)": "torch.float32"},
-    ),
-    "a name may come twice": (
-        test_a_name_is_free_once,
-        {" or name in old": ""},
-    ),
+    },
+    test_a_replica_runs_its_own_adapters: {
+        "a replica runs the first one's adapters": {"_hook(_leave)": BY_OWNER},
+    },
+    test_threads_in_one_model_do_not_mix: {
+        "the threads share what waits": {"Waiting(threading.local)": "Waiting"},
+    },
+    test_no_activation_stays_after_a_forward_pass: {
+        "the input stays in memory": {
+            "WAITING.inputs.popitem()": "[*WAITING.inputs.items()][-1]",
+            "WAITING.inputs.pop(module, None)": "pass",
+        },
+        "an error leaves the input behind": {"always_call=True": "always_call=False"},
+    },
+    test_a_pass_that_was_interrupted_does_not_reach_the_next: {
+        "an old input is read": {"WAITING.inputs.pop(entry, None)": "pass"},
+    },
+    test_adapters_are_float32_over_a_16_bit_base: {
+        "the adapters are in the base's 16 bits": {TYPE: "width.dtype"},
+        "the answer is in float32": {CHANGE: CHANGE.removesuffix(".to(h.dtype)")},
+        "float32 over a float64 base": {TYPE: "torch.float32"},
+    },
+    test_a_name_is_free_once: {"a name may come twice": {" or name in taken": ""}},
+}
+MUTATIONS = {
+    what: (law, changes)
+    for law, cases in BROKEN.items()
+    for what, changes in cases.items()
 }

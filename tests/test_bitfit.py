@@ -5,6 +5,7 @@ broken copies of bitfit.py. Messages name the mistake that gives the symptom.
 """
 
 import copy
+import warnings
 
 import bitsandbytes
 import pytest
@@ -31,9 +32,20 @@ from common import (
 )
 from peft import LNTuningConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM
+from torch.nn.utils import prune
+from transformers import (
+    BertConfig,
+    BertModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+)
 
 from peftlab import bitfit as reference
+from peftlab import int8, lora, multi_lora, nf4
 
 BIASES = {f"{n}.bias" for n in ("q_proj", "norm", "c_attn", "c_proj", "lm_head")}
 
@@ -60,6 +72,15 @@ def stir(model, bitfit, seed=5):
     """All that trains a little different, as after training."""
     jiggle(bitfit.state_dict(model).values(), seed)
     return model
+
+
+def refused(model, words, call, *args, **settings):
+    """The call raises one sentence with these words, and the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words) as error:
+        call(model, *args, **settings)
+    assert_one_sentence(error)
+    assert_unchanged(model, before)
 
 
 # The laws
@@ -143,42 +164,90 @@ def test_created_biases_go_only_on_the_targets(bitfit):
 
 
 def test_a_model_without_biases_is_refused_with_the_way_out(bitfit):
-    model = bare()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="create=True") as error:
-        bitfit.add(model)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    refused(bare(), "create=True", bitfit.add)
 
 
 def test_a_target_without_a_bias_is_refused_by_its_path(bitfit):
-    model = net()
-    before = snapshot(model)
     for targets in (["proj"], ["q_proj", "proj"], "all-linear"):
-        with pytest.raises(ValueError, match="^proj has no bias.*create=True") as error:
-            bitfit.add(model, targets=targets)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
+        words = "^proj has no bias.*create=True"
+        refused(net(), words, bitfit.add, targets=targets)
+
+
+class Deaf(nn.Linear):
+    """A linear layer with a forward of its own, which forgets the bias."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Reader(nn.Module):
+    """A parent that reads the weight of `read` and calls the other two."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("read", "called", "asked"):
+            setattr(self, name, nn.Linear(4, 4, bias=False))
+
+    def forward(self, x):
+        x = self.asked(self.called(x.to(self.asked.weight.dtype)))
+        return torch.tanh(x) @ self.read.weight
+
+
+def test_a_created_bias_that_nobody_reads_is_refused_or_left_out(bitfit):
+    def with_deaf():
+        called = nn.Linear(4, 4, bias=False)
+        return nn.ModuleDict({"deaf": Deaf(4, 4, False), "called": called})
+
+    def with_reader():
+        return nn.ModuleDict({"b": Reader()})
+
+    for build, idle, rest in (
+        (with_deaf, "deaf", "called"),
+        (with_reader, "read", "b.called"),
+    ):
+        words = f"{idle} would not add"
+        named = dict(create=True, targets=["called", idle])
+        refused(build(), words, bitfit.add, **named)
+        for targets in (None, "all-linear"):
+            model = build()
+            with pytest.warns(UserWarning, match=f"{idle} would not add"):
+                bitfit.add(model, create=True, targets=targets)
+            names = trainable(model)
+            assert f"{rest}.bias" in names and not any(idle in n for n in names)
+            assert ("b" not in model) or "b.asked.bias" in names, "it asks for a dtype"
+
+
+def test_a_bias_that_is_computed_is_refused_or_left_out(bitfit):
+    def pruned(model):
+        prune.random_unstructured(model.q_proj, "bias", 0.5)
+
+    def parametrized(model):
+        nn.utils.parametrize.register_parametrization(model.q_proj, "bias", nn.Tanh())
+
+    def build(compute):
+        model = net()
+        compute(model)
+        return model
+
+    words = "q_proj.bias is computed"
+    for compute in (pruned, parametrized):
+        targets = ["q_proj", "c_attn"]
+        refused(build(compute), words, bitfit.add, targets=targets)
+        for settings in ({}, dict(create=True)):
+            with pytest.warns(UserWarning, match=words):
+                model = bitfit.add(build(compute), **settings)
+            assert not any("q_proj" in name for name in trainable(model))
 
 
 def test_an_empty_list_of_targets_is_refused(bitfit):
     for settings in ({}, dict(create=True)):
         for nothing in ([], "", ()):
-            model = net()
-            before = snapshot(model)
-            with pytest.raises(ValueError):
-                bitfit.add(model, targets=nothing, **settings)
-                pytest.fail(f"{nothing!r} was taken for every bias")
-            assert_unchanged(model, before)
+            refused(net(), "targets", bitfit.add, targets=nothing, **settings)
 
 
 def test_a_half_wrong_target_list_is_refused(bitfit):
-    model = net()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="no_such_proj") as error:
-        bitfit.add(model, create=True, targets=["proj", "no_such_proj"])
-    assert "c_attn" in str(error.value), "the message must list what there is"
-    assert_unchanged(model, before)
+    words = "no_such_proj.*c_attn"  # and what there is
+    refused(net(), words, bitfit.add, create=True, targets=["proj", "no_such_proj"])
 
 
 def test_frozen_weights_are_bit_identical_after_training(bitfit):
@@ -211,19 +280,20 @@ def test_a_norm_is_its_own_parameters_not_what_is_in_it(bitfit):
             super().__init__()
             self.norm, self.inner = nn.LayerNorm(4), nn.Linear(4, 4)
 
-    model = bitfit.add_norms(nn.Sequential(PreNorm()))
-    assert trainable(model) == {"0.norm.weight", "0.norm.bias"}
+    class NormedLinear(nn.Linear):  # a linear that is only called so
+        pass
+
+    class L2Norm(nn.Module):  # one without a weight
+        pass
+
+    model = nn.Sequential(PreNorm(), NormedLinear(4, 4), L2Norm())
+    assert trainable(bitfit.add_norms(model)) == {"0.norm.weight", "0.norm.bias"}
 
 
 def test_a_model_without_norms_is_refused(bitfit):
-    for model in (nn.Sequential(nn.Linear(2, 2)), nn.LayerNorm(2, bias=False)):
-        if isinstance(model, nn.LayerNorm):
-            model.weight = None
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="norms") as error:
-            bitfit.add_norms(model)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
+    bare_norm = nn.LayerNorm(2, elementwise_affine=False)
+    for model in (nn.Sequential(nn.Linear(2, 2)), bare_norm):
+        refused(model, "norms", bitfit.add_norms)
 
 
 def test_a_shared_bias_is_counted_once(bitfit):
@@ -255,7 +325,6 @@ def test_the_state_dict_goes_round(bitfit):
 def test_loading_is_strict(bitfit):
     model = bitfit.add(net(), create=True)
     good = {n: t.clone() + 1 for n, t in bitfit.state_dict(model).items()}
-    before = snapshot(model)
     bad = [
         {},
         *({n: t for n, t in good.items() if n != left_out} for left_out in good),
@@ -265,15 +334,12 @@ def test_loading_is_strict(bitfit):
         {**good, "proj.bias": None},
     ]
     for tensors in bad:
-        with pytest.raises(ValueError) as error:
-            bitfit.load_state_dict(model, tensors)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
+        refused(model, "", bitfit.load_state_dict, tensors)
     bitfit.load_state_dict(model, good)
     assert all(torch.equal(t, good[n]) for n, t in bitfit.state_dict(model).items())
 
 
-def test_merging_ends_it_and_keeps_the_biases(bitfit):
+def test_merging_ends_it_and_leaves_the_biases(bitfit):
     model = stir(bitfit.add(net(), create=True), bitfit)
     tuned, biases = model(IDS), bitfit.state_dict(model)
     assert (tuned - net()(IDS)).abs().max() > 1e-3
@@ -291,12 +357,8 @@ def test_merging_ends_it_and_keeps_the_biases(bitfit):
 def test_adding_twice_is_refused(bitfit):
     for first in (bitfit.add, bitfit.add_norms):
         model = first(net())
-        before = snapshot(model)
         for second in (bitfit.add, bitfit.add_norms):
-            with pytest.raises(ValueError, match="already") as error:
-                second(model)
-            assert_one_sentence(error)
-            assert_unchanged(model, before)
+            refused(model, "already", second)
         bitfit.add(bitfit.merge(model))  # once it is merged, it may come again
 
 
@@ -310,72 +372,117 @@ def test_a_deepcopy_stands_on_its_own(bitfit):
     assert all(torch.equal(t, before[n]) for n, t in bitfit.state_dict(model).items())
 
 
+def test_a_layer_that_has_left_is_noticed(bitfit):
+    model = bitfit.add(net(), create=True)
+    tensors = bitfit.state_dict(model)
+    model.proj = nn.Linear(12, 12, bias=False).double()
+    refused(model, "proj.bias.*has left", bitfit.state_dict)
+    refused(model, "proj.bias.*has left", bitfit.load_state_dict, tensors)
+    assert not trainable(bitfit.merge(model)), "it can be ended all the same"
+
+
 # Bad input: one sentence each, and the model as it was
 
-BAD = {
-    "unknown target": dict(targets=["nothing"]),
-    "half-wrong list": dict(targets=["q_proj", "nothing"]),
-    "a target that is no linear": dict(targets=["embed"]),
-    "a norm": dict(targets=["norm"]),
-    "part of a name": dict(targets=["_proj"]),
-    "an empty name": dict(targets=[""]),
-    "a target that is None": dict(targets=[None]),
-    "a string": dict(targets="q_proj"),
-    "a number": dict(targets=3),
-    "False": dict(targets=False),
-    "an iterator": dict(targets=iter(["q_proj"])),
-    "a target without a bias": dict(targets=["proj"]),
-    "one of two without a bias": dict(targets=["proj", "q_proj"]),
-    "create on an unknown target": dict(create=True, targets=["nothing"]),
-    "create on a norm": dict(create=True, targets=["proj", "norm"]),
-    "create on a string": dict(create=True, targets="proj"),
-}
+TARGETS = [["nothing"], ["q_proj", "nothing"], ["embed"], ["norm"], ["_proj"], [""]]
+TARGETS += [[None], "q_proj", 3, False, iter(["q_proj"]), ["proj"], ["proj", "q_proj"]]
+BAD = [dict(targets=targets) for targets in TARGETS]
+BAD += [dict(create=True, targets=t) for t in (["nothing"], ["proj", "norm"], "proj")]
+BAD += [dict(create=create) for create in (None, 1, 10**400)]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence_and_changes_nothing(case):
+@pytest.mark.parametrize("settings", BAD, ids=lambda settings: f"{settings!r:.40}")
+def test_bad_input_gets_one_sentence_and_changes_nothing(settings):
     model = net()
     model.norm.requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(ValueError) as error:
-        reference.add(model, **BAD[case])
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    refused(model, "", reference.add, **settings)
 
 
-@pytest.mark.parametrize("verb", ["state_dict", "load_state_dict", "merge"])
-def test_the_verbs_say_so_where_there_is_no_bitfit(verb):
-    model = net()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="no BitFit") as error:
-        getattr(reference, verb)(model, *[{}] * (verb == "load_state_dict"))
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+@pytest.mark.parametrize("function", ["state_dict", "load_state_dict", "merge"])
+def test_the_functions_say_so_where_there_is_no_bitfit(function):
+    call, more = getattr(reference, function), [{}] * (function == "load_state_dict")
+    refused(net(), "no BitFit", call, *more)
+    wrapped = nn.DataParallel(reference.add(net()))
+    refused(wrapped, "wrapped by", call, *more)
+    with pytest.raises(ValueError, match="nn.Module"):
+        call(None, *more)
+
+
+@pytest.mark.parametrize("add", [reference.add, reference.add_norms])
+def test_what_is_no_plain_model_is_refused(add):
+    held = multi_lora.switch(multi_lora.add(net(), "fi", ["proj"]), None)
+    for model in (lora.add(net(), ["proj"]), held):
+        refused(model, "carries", add)
+    refused(nn.DataParallel(net()), "wrapped by", add)
+    with pytest.raises(ValueError, match="nn.Module"):
+        add(None)
+
+
+def test_a_compiled_model_has_plain_names():
+    model = torch.compile(net(), backend="eager")
+    for add in (reference.add, reference.add_norms):
+        tensors = reference.state_dict(add(net()))
+        assert reference.state_dict(add(model)).keys() == tensors.keys()
+        reference.load_state_dict(model, tensors)
+        assert torch.equal(reference.merge(model)(IDS), net()(IDS))
+
+
+def test_real_layers_that_read_no_bias_get_none():
+    sizes = dict(vocab_size=40, hidden_size=32, num_hidden_layers=1)
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    with pytest.warns(UserWarning, match="x_proj would not add"):  # a GPU's kernel
+        reference.add(mamba, create=True)
+    more = dict(intermediate_size=32, num_attention_heads=4, embedding_size=16)
+    config = MobileBertConfig(**sizes, **more, intra_bottleneck_size=16)
+    with pytest.warns(UserWarning, match="cls.predictions.dense would not add"):
+        reference.add(MobileBertForMaskedLM(config), create=True)
+    for model, name in ((mamba, "mixer.out_proj.bias"), (t5(), "wo.bias")):
+        if model is not mamba:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                reference.add(model, create=True)
+        assert any(n.endswith(name) for n in trainable(model))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_biases_of_attention_are_read(first):
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0, norm_first=first, bias=False)
+    model, x = reference.add(seeded(layer), create=True), torch.randn(3, 2, 8)
+    names = {"self_attn.out_proj.bias", "linear1.bias", "linear2.bias"}
+    assert trainable(model) == names
+    model(x).sin().sum().backward()
+    assert all(model.get_parameter(n).grad.any() for n in names)
+    stir(model, reference)
+    with torch.no_grad():  # its fast path
+        quick = model(x)
+    torch.testing.assert_close(quick, model(x))
 
 
 def test_creating_over_fused_experts_is_refused_by_their_share():
     moe = dict(**SMALL, num_attention_heads=4, num_key_value_heads=2)
     model = MixtralForCausalLM(MixtralConfig(**moe, num_local_experts=4))
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="% of the weights") as error:
-        reference.add(model, create=True)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    refused(model, "% of the weights", reference.add, create=True)
     reference.add(model, create=True, targets=["q_proj", "v_proj"])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+PLAIN = dict(in_features=64, out_features=64, bias=False)
+PACKED = {
+    "bnb-nf4": lambda: bitsandbytes.nn.Linear4bit(64, 64, False, quant_type="nf4"),
+    "bnb-int8": lambda: bitsandbytes.nn.Linear8bitLt(64, 64, False, False),
+    "nf4": lambda: nf4.NF4Linear(nn.Linear(**PLAIN)),
+    "int8": lambda: int8.Int8Linear(nn.Linear(**PLAIN)),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_packed_layer_gets_a_bias_in_float32(kind):
     torch.manual_seed(0)
-    if kind == "nf4":
-        layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
-    else:
-        layer = bitsandbytes.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False)
+    layer = PACKED[kind]()
     model, x = nn.Sequential(layer).to("cpu"), torch.randn(3, 64)
     plain = model(x)
     reference.add(model, create=True)
     assert torch.equal(model(x), plain) and layer.bias.dtype == torch.float32
+    assert reference.state_dict(model).keys() == {"0.bias"}
     model(x).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((64,), 3.0))
 
@@ -494,193 +601,183 @@ assert [*bitfit.state_dict(bitfit.add_norms(model))] == ["1.weight", "1.bias"]
 
 # Broken copies, for tests/test_mutations.py
 
-ZEROS = "torch.zeros(m.out_features, dtype=dtype, device=m.weight.device)"
-CHOSEN = "[m.bias for m in linears] if named else _biases(model)"
+ZEROS = "torch.zeros(_shape(layer)[0], dtype=dtype, device=W.device)"
+DTYPE = "torch.float32 if _is_packed(W) else W.dtype"
+CHOSEN = "_biases(plain) if targets is None else [m.bias for m in linears]"
 TRAIN = "{id(p.requires_grad_(True)) for p in chosen}"
 FREEZE = "model.requires_grad_(False)\n    ids"
 NORM = '"Norm" in type(m).__name__'
-EVERY = test_every_bias_trains_and_nothing_else
-START = test_adding_bitfit_changes_no_output_and_no_layer
-GRADIENT = test_the_gradients_are_those_of_full_fine_tuning
-CREATED = test_created_biases_are_zero_and_change_no_output
-TARGETS = test_targets_train_only_their_biases
-FROZEN = test_frozen_weights_are_bit_identical_after_training
-TUNED = test_norm_tuning_trains_the_norms_alone
-ROUND = test_the_state_dict_goes_round
-STRICT = test_loading_is_strict
-ENDED = test_merging_ends_it_and_keeps_the_biases
+ENDS = 'if name.endswith("bias")'
+NONE = "    if not linears and (targets is not None or not _biases(plain)):\n"
+BARE = "    if bare and not create:\n"
+CREATE = "    for m in bare:\n"
+TENSORS = "tensors = {name: parameters[name] for name in names}"
+LOAD = "_load(state_dict(model), tensors)"
+OWN = "for p in m.parameters(recurse=False)"
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "the base is not frozen": (EVERY, {FREEZE: "ids"}),
-    "the base trains along": (FROZEN, {FREEZE: "ids"}),
-    "the biases are frozen too": (EVERY, {"(True)) for p": "(False)) for p"}),
-    "the norms' biases are left out": (
-        EVERY,
-        {'name.endswith("bias")': 'name.endswith("bias") and "norm" not in name'},
-    ),
-    "the head's bias is left out": (
-        EVERY,
-        {'name.endswith("bias")': 'name.endswith("bias") and "head" not in name'},
-    ),
-    "weights train, not biases": (EVERY, {'endswith("bias")': 'endswith("weight")'}),
-    "the state dict gives copies": (
-        EVERY,
-        {
-            "return own if keep_vars": "return {n: nn.Parameter(p) for n, p in "
-            "own.items()} if keep_vars"
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_every_bias_trains_and_nothing_else: {
+        "the base is not frozen": {FREEZE: "ids"},
+        "the biases are frozen too": {TRAIN: TRAIN.replace("True", "False")},
+        "the norms' biases are left out": {ENDS: f'{ENDS} and "norm" not in name'},
+        "the head's bias is left out": {ENDS: f'{ENDS} and "head" not in name'},
+        "weights train, not biases": {ENDS: ENDS.replace("bias", "weight")},
+        "the state dict gives copies": {
+            "return tensors if keep_vars": "return {n: nn.Parameter(p) for n, p in "
+            "tensors.items()} if keep_vars"
         },
-    ),
-    "the biases start anew": (START, {TRAIN: "{id(p.zero_()) for p in chosen}"}),
-    "the biases start at zero": (
-        START,
-        {TRAIN: TRAIN.replace("p.requires", "nn.init.zeros_(p).requires")},
-    ),
-    "gradients are halved": (
-        GRADIENT,
-        {FREEZE: "[p.register_hook(lambda g: g / 2) for p in chosen]\n    " + FREEZE},
-    ),
-    "created biases are random": (CREATED, {"torch.zeros(m.out": "torch.randn(m.out"}),
-    "created biases are in float32": (
-        CREATED,
-        {"m.weight.dtype if m.weight.is_floating_point() else torch.float32": "None"},
-    ),
-    "created biases are of the input's width": (
-        CREATED,
-        {"m.out_features, dtype": "m.in_features, dtype"},
-    ),
-    "norms get a created bias too": (
-        CREATED,
-        {
-            "    for m in bare:": "    for m in model.modules():\n"
+    },
+    test_frozen_weights_are_bit_identical_after_training: {
+        "the base trains along": {FREEZE: "ids"},
+    },
+    test_adding_bitfit_changes_no_output_and_no_layer: {
+        "the biases start anew": {TRAIN: "{id(p.zero_()) for p in chosen}"},
+        "the biases start at zero": {
+            TRAIN: TRAIN.replace("p.requires", "nn.init.zeros_(p).requires")
+        },
+    },
+    test_the_gradients_are_those_of_full_fine_tuning: {
+        "gradients are halved": {
+            FREEZE: f"[p.register_hook(lambda g: g / 2) for p in chosen]\n    {FREEZE}"
+        },
+    },
+    test_created_biases_are_zero_and_change_no_output: {
+        "created biases are random": {ZEROS: ZEROS.replace("zeros", "randn")},
+        "created biases are in float32": {DTYPE: "None"},
+        "created biases are of the input's width": {
+            "_shape(layer)[0]": "_shape(layer)[1]"
+        },
+        "norms get a created bias too": {
+            CREATE: "    for m in model.modules():\n"
             "        if isinstance(m, nn.LayerNorm) and m.bias is None:\n"
-            "            m.bias = nn.Parameter(torch.zeros_like(m.weight))\n"
-            "    for m in bare:"
+            f"            m.bias = nn.Parameter(torch.zeros_like(m.weight))\n{CREATE}"
         },
-    ),
-    "created biases do not train": (
-        test_created_biases_train,
-        {CHOSEN: f"[b for b in ({CHOSEN}) if b.any()]"},
-    ),
-    "only created biases train": (
-        test_created_biases_train,
-        {
-            CHOSEN: CHOSEN.replace(
-                "_biases", "create and [m.bias for m in bare] or _biases"
-            )
+    },
+    test_created_biases_train: {
+        "created biases do not train": {CHOSEN: f"[b for b in ({CHOSEN}) if b.any()]"},
+        "only created biases train": {
+            CHOSEN: f"create and [m.bias for m in bare] or {CHOSEN}"
         },
-    ),
-    "the head gets a created bias": (
-        test_the_output_head_gets_no_created_bias,
-        {"if m is not head}": "}"},
-    ),
-    "a classifier gets a created bias": (
-        test_the_output_head_gets_no_created_bias,
-        {'{"classifier", "score", ': '{"score", '},
-    ),
-    "targets are ignored": (TARGETS, {CHOSEN: "_biases(model)"}),
-    "a target's weight trains too": (
-        TARGETS,
-        {CHOSEN: "[p for m in linears for p in m.parameters()] if named else []"},
-    ),
-    "created biases go everywhere": (
-        test_created_biases_go_only_on_the_targets,
-        {"targets if named else": '"all-linear" if create else'},
-    ),
-    "no bias, and nothing said": (
-        test_a_model_without_biases_is_refused_with_the_way_out,
-        {"if not linears and not _biases(model):": "if False:"},
-    ),
-    "a target without a bias is passed over": (
-        test_a_target_without_a_bias_is_refused_by_its_path,
-        {
-            "if bare and not create:": "if False:",
-            "[m.bias for m in linears]": "[m.bias for m in linears if m not in bare]",
+    },
+    test_the_output_head_gets_no_created_bias: {
+        "the head gets a created bias": {"layer is head or ": ""},
+        "a classifier gets a created bias": {'{"classifier", "score", ': '{"score", '},
+    },
+    test_targets_train_only_their_biases: {
+        "targets are ignored": {CHOSEN: "_biases(plain)"},
+        "a target's weight trains too": {
+            CHOSEN: "[p for m in linears for p in m.parameters()]"
         },
-    ),
-    "a target without a bias gets one unasked": (
-        test_a_target_without_a_bias_is_refused_by_its_path,
-        {"if bare and not create:": "if False:"},
-    ),
-    "an empty list means all": (
-        test_an_empty_list_of_targets_is_refused,
-        {"named, linears = targets is not None": "named, linears = bool(targets)"},
-    ),
-    "a half-wrong target list is accepted": (
-        test_a_half_wrong_target_list_is_refused,
-        {
-            "if lost := [": "if len(targets) == len(lost := [",
-            "for p in linears)]:": ("for p in linears)]):"),
+    },
+    test_created_biases_go_only_on_the_targets: {
+        "created biases go everywhere": {
+            '"all-linear" if targets is None else targets': '"all-linear"'
         },
-    ),
-    "norm tuning trains the weights alone": (
-        TUNED,
-        {"for p in m.parameters(recurse=False)": "for p in [m.weight]"},
-    ),
-    "only LayerNorm is a norm": (TUNED, {NORM: 'type(m).__name__ == "LayerNorm"'}),
-    "norm tuning trains the biases too": (
-        TUNED,
-        {
-            "return _train(model, chosen)": "return _train(model, "
-            "chosen + _biases(model))"
+    },
+    test_a_model_without_biases_is_refused_with_the_way_out: {
+        "no bias, and nothing said": {NONE: "    if False:\n"},
+    },
+    test_a_target_without_a_bias_is_refused_by_its_path: {
+        "a target without a bias is passed over": {
+            BARE: "    linears = [m for m in linears if create or m not in bare]\n"
+            "    bare = bare if create else []\n    if False:\n"
         },
-    ),
-    "norm tuning trains what is in a block": (
-        test_a_norm_is_its_own_parameters_not_what_is_in_it,
-        {"m.parameters(recurse=False)": "m.parameters()"},
-    ),
-    "no norm, and nothing said": (
-        test_a_model_without_norms_is_refused,
-        {"if not chosen:": "if False:"},
-    ),
-    "a shared bias is listed twice": (
-        test_a_shared_bias_is_counted_once,
-        {
+        "a target without a bias gets one unasked": {BARE: "    if False:\n"},
+    },
+    test_a_created_bias_that_nobody_reads_is_refused_or_left_out: {
+        "a layer that adds no bias gets one": {"not (_adds(m) and": "not (True and"},
+        "a layer that is not called gets one": {"_reads(type(parent), name))": "True)"},
+        "asking for a dtype counts as reading": {
+            r"(?!\.dtype|\.device": r"(?!\.device"
+        },
+        "a layer that is left out is told nobody": {
+            "warnings.warn(": "str(",
+            ", stacklevel=3)": ")",
+        },
+    },
+    test_a_bias_that_is_computed_is_refused_or_left_out: {
+        "a computed bias is taken": {"and not plain:": "and False:"},
+        "by name it is left out": {"        if refuse:": "        if False:"},
+    },
+    test_an_empty_list_of_targets_is_refused: {
+        "an empty list means all": {
+            "    linears = []\n": "    targets = targets or None\n    linears = []\n"
+        },
+    },
+    test_a_half_wrong_target_list_is_refused: {
+        "a half-wrong target list is accepted": {
+            "    if lost:\n": "    if len(lost) == len(targets):\n"
+        },
+    },
+    test_norm_tuning_trains_the_norms_alone: {
+        "norm tuning trains the weights alone": {OWN: "for p in [m.weight]"},
+        "only LayerNorm is a norm": {NORM: 'type(m).__name__ == "LayerNorm"'},
+        "norm tuning trains the biases too": {
+            OWN + "]": OWN + "] + _biases(plain)",
+        },
+    },
+    test_a_norm_is_its_own_parameters_not_what_is_in_it: {
+        "norm tuning trains what is in a block": {"(recurse=False)": "()"},
+        "a linear is a norm": {"if _shape(m) is None]": "]"},
+    },
+    test_a_model_without_norms_is_refused: {
+        "no norm, and nothing said": {"    if not chosen:": "    if False:"},
+    },
+    test_a_shared_bias_is_counted_once: {
+        "a shared bias is listed twice": {
             "in model.named_parameters() if id": "in "
             "model.named_parameters(remove_duplicate=False) if id"
         },
-    ),
-    "the state dict leaves one out": (ROUND, {"in names}": "in names[:-1]}"}),
-    "the state dict holds biases alone": (
-        ROUND,
-        {"for name in names}": 'for name in names if name.endswith("bias")}'},
-    ),
-    "loading does nothing": (ROUND, {"t.copy_(tensors[name])": "pass"}),
-    "loading is not strict": (
-        STRICT,
-        {
-            "if got != want or name not in own:": "if name in tensors and name in own"
-            " and got != want:",
-            "t.copy_(tensors[name])": "t.copy_(tensors.get(name, t))",
+    },
+    test_the_state_dict_goes_round: {
+        "the state dict leaves one out": {
+            TENSORS: TENSORS.replace("names}", "names[1:]}")
         },
-    ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"own.keys() | tensors.keys()": "own.keys()"},
-    ),
-    "merging does not end it": (ENDED, {"    del model.bitfit\n": ""}),
-    "merging leaves the biases to train": (
-        ENDED,
-        {"del model.bitfit\n    return model.requires_grad_(False)": "return model"},
-    ),
-    "merging takes created biases away": (
-        ENDED,
-        {
-            "del model.bitfit": "for m in model.modules():\n"
+        "the state dict holds biases alone": {
+            TENSORS: TENSORS.replace("names}", f"names {ENDS}}}")
+        },
+        "loading does nothing": {LOAD: "pass"},
+    },
+    test_loading_is_strict: {
+        "loading is not strict": {
+            LOAD: "[t.copy_(tensors.get(n, t)) for n, t in state_dict(model).items()]"
+        },
+        "loading lets the unexpected pass": {
+            LOAD: "own = state_dict(model)\n"
+            "    _load(own, {n: t for n, t in tensors.items() if n in own})"
+        },
+    },
+    test_merging_ends_it_and_leaves_the_biases: {
+        "merging does not end it": {"    del plain.bitfit\n": ""},
+        "merging leaves the biases to train": {
+            "bitfit\n    return model.requires_grad_(False)": "bitfit\n    return model"
+        },
+        "merging takes created biases away": {
+            "del plain.bitfit": "for m in model.modules():\n"
             '        if getattr(m, "in_features", 0) and m.out_features == 12:\n'
-            "            m.bias = None\n    del model.bitfit"
+            "            m.bias = None\n    del plain.bitfit"
         },
-    ),
-    "BitFit goes on BitFit": (
-        test_adding_twice_is_refused,
-        {'if hasattr(model, "bitfit"):': "if False:"},
-    ),
-    "a copy gives the first model's tensors": (
-        test_a_deepcopy_stands_on_its_own,
-        {
+    },
+    test_adding_twice_is_refused: {
+        "BitFit goes on BitFit": {'    if hasattr(model, "bitfit"):': "    if False:"},
+    },
+    test_a_layer_that_has_left_is_noticed: {
+        "what is gone is passed over": {
+            TENSORS: TENSORS.replace("names}", "names if name in parameters}"),
+            "        if name not in parameters:": "        if False:",
+        },
+    },
+    test_a_deepcopy_stands_on_its_own: {
+        "a copy gives the first model's tensors": {
             "    model.bitfit = tuple(": "    globals()['first'] = model\n"
             "    model.bitfit = tuple(",
-            "model.get_parameter(name)": "first.get_parameter(name)",
+            "dict(model.named_parameters(r": "dict(first.named_parameters(r",
         },
-    ),
+    },
+}
+MUTATIONS = {
+    what: (law, changes)
+    for law, cases in BROKEN.items()
+    for what, changes in cases.items()
 }

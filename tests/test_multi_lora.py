@@ -1,10 +1,11 @@
 """The laws of many adapters on one base, and a combination equal to peft's.
 
-A law that takes only `multi_lora`, the module, is run again by tests/test_mutations.py on
-broken copies of multi_lora.py. Messages name the mistake that gives the symptom.
+A law that takes only `multi_lora`, the module, is run again by tests/test_mutations.py
+on broken copies of multi_lora.py. Messages name the mistake that gives the symptom.
 """
 
 import copy
+import functools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ from common import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peftlab import peft_files, lora, surgery
+from peftlab import bitfit, dora, lora, peft_files, surgery, vera
 from peftlab import multi_lora as reference
 
 TARGETS = {"fi": ALL, "pl": ["q_proj", "proj"], "tr": ["c_attn", "c_proj"]}
@@ -64,28 +65,37 @@ def deltas(tensors, scaling):
     return {p: scaling * tensors[f"{p}.lora_B"] @ tensors[f"{p}.lora_A"] for p in paths}
 
 
+def load(model, add, *args, **settings):
+    """Put a method on a model that holds LoRAs, as `peft_files.load` may do."""
+    adapters = vars(model).pop("lora_adapters")
+    add(model, *args, **settings)
+    model.lora_adapters = adapters
+
+
 def held(model):
     """Every tensor of every held adapter, by its name and path; copies."""
     return {
         f"{k}:{path}.{n}": t.detach().clone()
-        for k, layers in model.lora_adapters.items()
+        for k, layers in vars(model).get("lora_adapters", {}).items()
         for path, m in layers.items()
         for n, t in (("A", m.lora_A), ("B", m.lora_B))
     }
 
 
-def all_of(multi_lora, model):
-    """All that must not move when something raises; for `assert_all_of`."""
-    adapters = held(model) if multi_lora.names(model) else {}
-    return snapshot(model), multi_lora.names(model), multi_lora.active(model), adapters
-
-
-def assert_all_of(multi_lora, model, before):
-    assert_unchanged(model, before[0])
-    assert multi_lora.names(model) == before[1], "other adapters are held than before"
-    assert multi_lora.active(model) == before[2], "another adapter is active than before"
-    for name, t in before[3].items():
-        assert torch.equal(held(model)[name], t), f"{name} moved"
+def refused(multi_lora, model, words, *calls):
+    """Each call, (function, arguments after the model), raises one sentence with these
+    words, and nothing has changed."""
+    before, adapters = snapshot(model), held(model)
+    names, active = multi_lora.names(model), multi_lora.active(model)
+    for call, *arguments in calls:
+        with pytest.raises(ValueError, match=words) as error:
+            call(model, *arguments)
+        assert_one_sentence(error)
+        assert_unchanged(model, before)
+        assert multi_lora.names(model) == names, "it holds other adapters"
+        assert multi_lora.active(model) == active, "another adapter is active"
+        for name, t in held(model).items():
+            assert torch.equal(adapters[name], t), f"{name} moved"
 
 
 # The laws: hold and switch
@@ -165,79 +175,47 @@ def test_an_adapter_comes_back_in_the_models_mode(multi_lora):
 
 def test_a_name_that_is_empty_or_taken_is_refused(multi_lora):
     model = multi_lora.switch(full(multi_lora)[0], "pl")
-    before = all_of(multi_lora, model)
     for name in ("fi", "pl", "", "  ", None, 3, b"x", ["fi"]):
-        for verb, more in ((multi_lora.add, [["proj"]]), (multi_lora.keep, [])):
-            with pytest.raises(ValueError) as error:
-                verb(model, name, *more)
-            assert_one_sentence(error)
-            assert_all_of(multi_lora, model, before)
-        with pytest.raises(ValueError, match="already|needs a name"):
-            multi_lora.combine(model, {"fi": 1}, name)
-        assert_all_of(multi_lora, model, before)
+        calls = [(multi_lora.add, name, ["proj"]), (multi_lora.keep, name)]
+        calls.append((multi_lora.combine, {"fi": 1}, name))
+        refused(multi_lora, model, "already|needs a name", *calls)
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are(multi_lora):
     model = multi_lora.switch(full(multi_lora)[0], "pl")
-    before = all_of(multi_lora, model)
-    for verb in (
-        multi_lora.switch,
-        multi_lora.forget,
-        lambda m, k: multi_lora.combine(m, {k: 1}, "x"),
-    ):
-        for name in ("sw", "", 3):
-            with pytest.raises(ValueError, match="'fi', 'pl', 'tr'") as error:
-                verb(model, name)
-            assert_one_sentence(error)
-            assert_all_of(multi_lora, model, before)
+    for name in ("sw", "", 3):
+        calls = [(multi_lora.switch, name), (multi_lora.forget, name)]
+        calls.append((multi_lora.combine, {name: 1}, "x"))
+        refused(multi_lora, model, "'fi', 'pl', 'tr'", *calls)
 
 
 def test_a_refused_lora_leaves_the_active_one_on(multi_lora):
     model = multi_lora.switch(full(multi_lora)[0], "pl")
-    before, answer = all_of(multi_lora, model), model(IDS)
-    for wrong in (
-        dict(targets=["nothing"]),
-        dict(r=0),
-        dict(alpha=-1),
-        dict(targets=3),
-    ):
-        with pytest.raises(ValueError):
-            multi_lora.add(model, "sw", **{"targets": ["proj"], **wrong})
-        assert_all_of(multi_lora, model, before)
-        assert torch.equal(model(IDS), answer)
+    answer = model(IDS)
+    for settings in ([["nothing"]], [["proj"], 0], [["proj"], 2, -1]):
+        refused(multi_lora, model, "", (multi_lora.add, "sw", *settings))
+    assert torch.equal(model(IDS), answer)
 
 
 def test_a_lora_without_a_name_is_kept_under_one_or_refused(multi_lora):
     model = multi_lora.switch(full(multi_lora)[0], None)
-    fill(lora.add(model, ["q_proj"], r=2), 7)
-    before, answer = all_of(multi_lora, model), model(IDS)
-    for lose in (
-        lambda: multi_lora.switch(model, "fi"),
-        lambda: multi_lora.switch(model, None),
-        lambda: multi_lora.add(model, "sw", ["proj"]),
-        lambda: multi_lora.combine(model, {"fi": 1}, "sw"),
-    ):
-        with pytest.raises(ValueError, match="without a name") as error:
-            lose()
-        assert_one_sentence(error)
-        assert_all_of(multi_lora, model, before)
+    load(model, lora.add, ["q_proj"], r=2)
+    answer = fill(model, 7)(IDS)
+    calls = [(multi_lora.switch, "fi"), (multi_lora.switch, None)]
+    calls += [(multi_lora.add, "sw", ["proj"]), (multi_lora.combine, {"fi": 1}, "sw")]
+    refused(multi_lora, model, "without a name", *calls)
     assert multi_lora.keep(model, "sw") is model and multi_lora.active(model) == "sw"
     multi_lora.switch(model, "fi")
     assert torch.equal(multi_lora.switch(model, "sw")(IDS), answer)
 
 
 def test_keep_refuses_what_is_no_new_lora(multi_lora):
-    biased = lora.add(net(), ["q_proj"], bias="lora_only")
     for model, words in (
         (net(), "no LoRA"),
         (multi_lora.add(net(), "fi", ["q_proj"]), "no LoRA"),
-        (biased, "biases"),
+        (lora.add(net(), ["q_proj"], bias="lora_only"), "biases"),
     ):
-        before = all_of(multi_lora, model)
-        with pytest.raises(ValueError, match=words) as error:
-            multi_lora.keep(model, "sw")
-        assert_one_sentence(error)
-        assert_all_of(multi_lora, model, before)
+        refused(multi_lora, model, words, (multi_lora.keep, "sw"))
 
 
 def test_a_forgotten_adapter_is_gone(multi_lora):
@@ -251,6 +229,12 @@ def test_a_forgotten_adapter_is_gone(multi_lora):
     assert torch.equal(model(IDS), net()(IDS)), "a forgotten adapter is taken off"
     multi_lora.add(model, "pl", ["proj"])  # its name is free again
     assert multi_lora.names(model) == ["tr", "pl"]
+    for name in ("tr", "pl"):
+        multi_lora.forget(model, name)
+    try:
+        dora.add(model, ["proj"])
+    except ValueError:
+        pytest.fail("the model holds no adapters any more")
 
 
 def test_a_layer_with_two_parents_is_switched_in_both(multi_lora):
@@ -267,16 +251,28 @@ def test_a_layer_with_two_parents_is_switched_in_both(multi_lora):
 
 
 def test_layers_that_have_left_the_model_are_noticed(multi_lora):
-    model = full(multi_lora)[0]
-    multi_lora.switch(model, None)
-    model.proj = nn.Linear(12, 12, bias=False).double()  # as a packed one would come
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="'pl'.*left the model") as error:
-        multi_lora.switch(model, "pl")
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
-    multi_lora.switch(model, "tr")  # it is on other layers
-    multi_lora.forget(model, "pl")
+    for name in (None, "pl"):  # while it waits, and while it is on
+        model = multi_lora.switch(full(multi_lora)[0], name)
+        model.proj = nn.Linear(12, 12, bias=False).double()  # say, a packed one
+        assert multi_lora.active(model) == name, "the rest of it is still there"
+        both = (multi_lora.combine, {"tr": 1, "pl": 1}, "sum")
+        words = "left the model.*proj"
+        refused(multi_lora, model, words, (multi_lora.switch, "pl"), both)
+        multi_lora.switch(model, "tr")  # it is on other layers
+        multi_lora.forget(model, "pl")
+
+
+def test_another_method_meanwhile_is_noticed(multi_lora):
+    model = multi_lora.switch(full(multi_lora)[0], None)
+    calls = (dora.add, ["proj"]), (vera.add, ["proj"]), (bitfit.add,)
+    refused(multi_lora, model, "carries LoRAs", *calls)
+    load(model, dora.add, ["proj"], r=2)
+    calls = (multi_lora.switch, "fi"), (multi_lora.combine, {"fi": 1}, "sum")
+    refused(multi_lora, model, "carries DoRA now", *calls)
+    answer = model(IDS)
+    dora.merge(model)
+    assert (multi_lora.switch(model, None)(IDS) - answer).abs().max() < 1e-10
+    multi_lora.switch(model, "fi")
 
 
 # The laws: what else is done with a model
@@ -285,14 +281,19 @@ def test_layers_that_have_left_the_model_are_noticed(multi_lora):
 def test_a_deepcopy_stands_on_its_own(multi_lora):
     model, _, answers = full(multi_lora)
     twin = copy.deepcopy(multi_lora.switch(model, "pl"))
-    assert multi_lora.names(twin) == multi_lora.names(model) and multi_lora.active(twin) == "pl"
+    assert (
+        multi_lora.names(twin) == multi_lora.names(model)
+        and multi_lora.active(twin) == "pl"
+    )
     before = held(model)
     train(multi_lora.switch(twin, "fi"))
     multi_lora.forget(twin, "tr")
     assert multi_lora.names(model) == ["fi", "pl", "tr"]
     assert all(torch.equal(t, before[n]) for n, t in held(model).items())
     for name, answer in answers.items():
-        assert torch.equal(multi_lora.switch(model, name)(IDS), answer), "shared tensors"
+        assert torch.equal(multi_lora.switch(model, name)(IDS), answer), (
+            "shared tensors"
+        )
     assert not torch.equal(twin(IDS), answers["fi"])
 
 
@@ -307,9 +308,12 @@ def test_the_base_may_change_its_precision_while_others_wait(multi_lora):
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-def test_the_verbs_of_lora_work_on_the_active_one(multi_lora):
+def test_the_functions_of_lora_work_on_the_active_one(multi_lora):
     model, tensors, answers = full(multi_lora)
-    one, two = multi_lora.switch(model, "pl"), multi_lora.add(net(), "x", TARGETS["pl"], 3, 6)
+    one, two = (
+        multi_lora.switch(model, "pl"),
+        multi_lora.add(net(), "x", TARGETS["pl"], 3, 6),
+    )
     lora.load_state_dict(two, lora.state_dict(one))
     assert torch.equal(two(IDS), answers["pl"])
     merged = lora.merge(copy.deepcopy(one))
@@ -372,6 +376,29 @@ def test_a_combinations_rank_is_the_sum_of_the_ranks(multi_lora):
     assert all(math.isclose(m.alpha, 12) for m in layers)
 
 
+def test_one_adapter_at_weight_one_is_itself(multi_lora):
+    model = net()
+    for rslora in (False, True):
+        name = f"rslora={rslora}"
+        multi_lora.add(model, name, ALL, r=3, alpha=16, rslora=rslora)
+        answer = fill(model)(IDS)
+        layer = multi_lora.combine(model, {name: 1}, f"{name} again").proj
+        assert torch.equal(model(IDS), answer), "the scaling differs in its last digit"
+        assert (layer.r, layer.alpha, layer.rslora) == (3, 16, rslora)
+
+
+def test_rslora_adapters_of_one_scaling_add_up(multi_lora):
+    model, scaling = net(), 8 / math.sqrt(2)
+    for seed, (name, r) in enumerate({"a": 2, "b": 8}.items()):
+        alpha = scaling * math.sqrt(r)
+        fill(multi_lora.add(model, name, ["proj"], r, alpha, rslora=True), seed)
+    parts = [multi_lora.switch(model, k).proj for k in "ab"]
+    want = scaling * (parts[0].lora_B @ parts[0].lora_A)
+    want = want - 0.5 * scaling * (parts[1].lora_B @ parts[1].lora_A)
+    layer = multi_lora.combine(model, {"a": 1, "b": -0.5}, "sum").proj
+    torch.testing.assert_close(layer.scaling * (layer.lora_B @ layer.lora_A), want)
+
+
 def test_combining_leaves_the_parts_as_they_were(multi_lora):
     model, _, answers = full(multi_lora)
     before = held(multi_lora.switch(model, "pl"))
@@ -394,13 +421,9 @@ def test_a_combination_can_be_combined(multi_lora):
 def test_unequal_scalings_are_refused_with_the_reason(multi_lora):
     model = full(multi_lora)[0]
     multi_lora.add(model, "sw", ["proj"], r=2, alpha=16)
-    before = all_of(multi_lora, model)
-    with pytest.raises(
-        ValueError, match=r"different scalings.*(2\.0, 8\.0|8\.0, 2\.0)"
-    ) as e:
-        multi_lora.combine(model, {"fi": 1, "sw": 1}, "sum")
-    assert_one_sentence(e)
-    assert_all_of(multi_lora, model, before)
+    words = r"different scalings.*(2\.0, 8\.0|8\.0, 2\.0)"
+    combine = (multi_lora.combine, {"fi": 1, "sw": 1}, "sum")
+    refused(multi_lora, model, words, combine)
     third = 16 / math.sqrt(8)  # rsLoRA's, reached in another way
     multi_lora.add(model, "a", ["proj"], r=8, alpha=16, rslora=True)
     multi_lora.add(model, "b", ["proj"], r=3, alpha=3 * third * (1 + 1e-15))
@@ -411,64 +434,43 @@ def test_unequal_scalings_are_refused_with_the_reason(multi_lora):
 
 
 def test_wrong_weights_are_refused(multi_lora):
-    model = full(multi_lora)[0]
-    before = all_of(multi_lora, model)
-    for weights in (
-        {},
-        [],
-        None,
-        3,
-        "fi",
-        ["fi", "pl"],
-        [("fi", 1.0)],
-        {"fi": math.nan},
-        {"fi": 1, "pl": math.inf},
-        {"fi": "1"},
-        {"fi": None},
-    ):
-        with pytest.raises(ValueError, match="^weights must be") as error:
-            multi_lora.combine(model, weights, "sum")
-        assert_one_sentence(error)
-        assert_all_of(multi_lora, model, before)
+    model = full(multi_lora, net().float())[0]
+
+    def combine(weights):
+        return multi_lora.combine, weights, "sum"
+
+    wrong = [{}, [], None, 3, "fi", ["fi", "pl"], [("fi", 1.0)]]
+    values = (math.nan, math.inf, "1", None, True, 10**400)
+    wrong += [{"fi": 1, "pl": value} for value in values]
+    refused(multi_lora, model, "^weights must be", *map(combine, wrong))
+    large = [{"fi": 1, "tr": value} for value in (1e200, -(10**45))]
+    refused(multi_lora, model, "NaN or infinite", *map(combine, large))
 
 
 # Bad input: one sentence each, the active adapter still on, and the model as it was
 
 BAD = {
-    "an unknown target": dict(targets=["nothing"]),
-    "a half-wrong list": dict(targets=["q_proj", "nothing"]),
-    "a target that is no linear": dict(targets=["embed"]),
-    "a string": dict(targets="q_proj"),
-    "an empty list": dict(targets=[]),
-    "None": dict(targets=None),
-    "r=0": dict(r=0),
-    "r=2.5": dict(r=2.5),
-    "alpha=0": dict(alpha=0),
-    "alpha=nan": dict(alpha=math.nan),
-    "dropout=1": dict(dropout=1),
-    "dropout='0.1'": dict(dropout="0.1"),
-    "a name that is taken": dict(name="fi"),
-    "no name": dict(name=""),
-    "a name of spaces": dict(name=" "),
-    "None for a name": dict(name=None),
+    "targets": [["nothing"], ["q_proj", "nothing"], ["embed"], "q_proj", [], None, 3],
+    "r": [0, 2.5, True, 10**400],
+    "alpha": [0, -1, math.nan, None, 10**400],
+    "dropout": [1, "0.1", math.nan],
+    "rslora": [None, "false", 1],
+    "name": ["fi", "", " ", None],
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("setting, value", [(k, v) for k in BAD for v in BAD[k]])
 @pytest.mark.parametrize("active", ["pl", None])
-def test_bad_input_gets_one_sentence_and_changes_nothing(case, active):
+def test_bad_input_is_refused(setting, value, active):
     model = reference.switch(full(reference)[0], active)
-    before = all_of(reference, model)
-    settings = {"name": "sw", "targets": ["q_proj"], **BAD[case]}
-    with pytest.raises(ValueError) as error:
-        reference.add(model, **settings)
-    assert_one_sentence(error)
-    assert_all_of(reference, model, before)
+    settings = {"name": "sw", "targets": ["q_proj"], setting: value}
+    add = functools.partial(reference.add, **settings)
+    refused(reference, model, "", (add,))
 
 
 def test_a_crash_in_lora_leaves_the_active_one_on(monkeypatch):
     model = full(reference)[0]
-    before = all_of(reference, model)
+    before, adapters = snapshot(model), held(model)
 
     def crash(*_):
         raise MemoryError("no room")
@@ -476,7 +478,39 @@ def test_a_crash_in_lora_leaves_the_active_one_on(monkeypatch):
     monkeypatch.setattr(surgery, "select", crash)
     with pytest.raises(MemoryError):
         reference.add(model, "sw", ["q_proj"])
-    assert_all_of(reference, model, before)
+    assert_unchanged(model, before)
+    assert reference.active(model) == "tr" and held(model).keys() == adapters.keys()
+
+
+def test_a_compiled_model_has_plain_names():
+    model, tensors, answers = full(reference)
+    compiled = torch.compile(model, backend="eager")
+    for name, answer in answers.items():
+        assert torch.equal(reference.switch(compiled, name)(IDS), answer)
+        assert lora.state_dict(compiled).keys() == tensors[name].keys()
+    reference.add(compiled, "sw", ["proj"])
+    reference.combine(compiled, {"fi": 1}, "again")
+    assert (compiled(IDS) - answers["fi"]).abs().max() < 1e-12
+    reference.forget(compiled, "again")
+    assert reference.names(model) == ["fi", "pl", "tr", "sw"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: None])
+def test_what_is_no_plain_model_is_refused(wrap):
+    model = wrap(full(reference)[0])
+    for call in (
+        lambda: reference.add(model, "sw", ["proj"]),
+        lambda: reference.keep(model, "sw"),
+        lambda: reference.names(model),
+        lambda: reference.active(model),
+        lambda: reference.switch(model, "fi"),
+        lambda: reference.switch(model, None),
+        lambda: reference.combine(model, {"fi": 1}, "sum"),
+        lambda: reference.forget(model, "fi"),
+    ):
+        with pytest.raises(ValueError, match="wrapped by|nn.Module") as error:
+            call()
+        assert_one_sentence(error)
 
 
 # Files
@@ -599,212 +633,200 @@ multi_lora.forget(model, "both")
 
 # Broken copies, for tests/test_mutations.py
 
-ON = "surgery.swap(model, {m.base: m for m in layers.values()})"
-OFF = "surgery.swap(model, there)"
-PART_A = "m.lora_A[at : at + part.r] = part.lora_A"
-PART_B = "m.lora_B[:, at : at + part.r] = weight * part.lora_B"
-SETTINGS = '(one.base, r, one.scaling * r, 0.0, "none", False)'
-STEP = "at += next(iter(layers.values())).r"
-HELD = "model.lora_adapters = {**_held(model), name: layers}"
-FRESH = test_a_new_adapter_is_active_and_changes_no_output
-SWITCH = test_switching_gives_each_adapters_outputs_to_the_bit
-PLAIN = test_without_an_adapter_the_model_is_the_plain_one
-SEEN = test_only_the_active_adapter_is_seen_by_torch
-TRAINED = test_training_one_leaves_the_others_and_the_base_bit_identical
-MODE = test_an_adapter_comes_back_in_the_models_mode
-TAKEN = test_a_name_that_is_empty_or_taken_is_refused
-UNKNOWN = test_an_unknown_name_is_refused_with_those_that_there_are
-NAMELESS = test_a_lora_without_a_name_is_kept_under_one_or_refused
-KEEP = test_keep_refuses_what_is_no_new_lora
-GONE = test_a_forgotten_adapter_is_gone
-COPY = test_a_deepcopy_stands_on_its_own
-SUM = test_a_combination_is_the_weighted_sum_of_the_products
-MERGED_SUM = test_a_combinations_outputs_are_those_of_the_merged_sum
-RANK = test_a_combinations_rank_is_the_sum_of_the_ranks
-PARTS = test_combining_leaves_the_parts_as_they_were
-SCALINGS = test_unequal_scalings_are_refused_with_the_reason
-WEIGHTS = test_wrong_weights_are_refused
+ON = "surgery.swap(model, {layer.base: layer for layer in layers.values()})"
+OFF = "surgery.swap(model, {layer: layer.base for layer in in_model.values()})"
+PART_A = "layer.lora_A[start:stop] = layers[path].lora_A"
+PART_B = "layer.lora_B[:, start:stop] = weight * layers[path].lora_B"
+ALPHA = "first.scaling * sum(map(_rank, parts.values())), False"
+KEPT = "    return _hold(model, {**_adapters(model), name: layers})"
+NAMED = "if active(model) == name:"
+LOOP = "    for i, m in enumerate(layers.values()):\n        "
+APART = "if max(scalings) > min(scalings) * (1 + 1e-9):"
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "a new adapter's B is not zero": (
-        FRESH,
-        {
-            "    return keep(model, name)": "    for m in model.modules():\n"
-            "        if isinstance(m, lora.LoRALinear):\n"
-            "            torch.nn.init.ones_(m.lora_B)\n"
-            "    return keep(model, name)"
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_a_new_adapter_is_active_and_changes_no_output: {
+        "a new adapter's B is not zero": {
+            KEPT: f"{LOOP}torch.nn.init.ones_(m.lora_B)\n{KEPT}"
         },
-    ),
-    "names come in reverse": (
-        FRESH,
-        {"return [*_held(model)]": "return [*_held(model)][::-1]"},
-    ),
-    "dropout is forgotten": (
-        test_the_settings_are_loras,
-        {'alpha, dropout, "none"': 'alpha, 0.1, "none"'},
-    ),
-    "rsLoRA is forgotten": (
-        test_the_settings_are_loras,
-        {'"none", rslora)': '"none", False)'},
-    ),
-    "switching puts nothing on": (SWITCH, {ON: "pass"}),
-    "switching takes nothing off": (SWITCH, {OFF: f"None if name else {OFF}"}),
-    "switching merges": (
-        SWITCH,
-        {OFF: "lora.merge(model) if there else None"},
-    ),
-    "the active one is the last to come": (
-        SWITCH,
-        {"            return name\n": "            return [*_held(model)][-1]\n"},
-    ),
-    "the base may train once the adapter is off": (
-        PLAIN,
-        {OFF: f"{OFF}\n    model.requires_grad_(True)"},
-    ),
-    "the waiting ones are seen too": (
-        SEEN,
-        {
-            HELD: f"{HELD}\n    for i, m in enumerate(layers.values()):\n"
-            '        model.register_parameter(f"{name}_{i}", m.lora_A)'
+        "names come in reverse": {
+            "return list(_adapters(model))": "return list(_adapters(model))[::-1]"
         },
-    ),
-    "one adapter's tensors serve all": (
-        TRAINED,
-        {
-            HELD: "first = next(iter(_held(model).values()), {})\n"
+    },
+    test_the_settings_are_loras: {
+        "dropout is forgotten": {'alpha, dropout, "none"': 'alpha, 0.1, "none"'},
+        "rsLoRA is forgotten": {'dropout, "none", rslora': 'dropout, "none", False'},
+    },
+    test_switching_gives_each_adapters_outputs_to_the_bit: {
+        "switching puts nothing on": {ON: "pass"},
+        "switching takes nothing off": {OFF: f"None if name else {OFF}"},
+        "switching merges": {OFF: "lora.merge(model) if in_model else None"},
+        "the active one is the last to come": {
+            "            return name\n": "            return [*_adapters(model)][-1]\n"
+        },
+    },
+    test_without_an_adapter_the_model_is_the_plain_one: {
+        "the base may train once the adapter is off": {
+            OFF: f"{OFF}\n    model.requires_grad_(True)"
+        },
+    },
+    test_only_the_active_adapter_is_seen_by_torch: {
+        "the waiting ones are seen too": {
+            KEPT: f'{LOOP}model.register_parameter(f"{{name}}_{{i}}", m.lora_A)\n{KEPT}'
+        },
+    },
+    test_training_one_leaves_the_others_and_the_base_bit_identical: {
+        "one adapter's tensors serve all": {
+            KEPT: "    first = next(iter(_adapters(model).values()), {})\n"
             "    for p in layers.keys() & first.keys():\n"
             "        k = min(layers[p].r, first[p].r)\n"
             "        first[p].lora_A.data[:k].copy_(layers[p].lora_A.data[:k])\n"
             "        layers[p].lora_A.data[:k] = first[p].lora_A.data[:k]\n"
             "        if layers[p].r == first[p].r:\n"
             "            layers[p].lora_A.data = first[p].lora_A.data\n"
-            f"    {HELD}",
+            f"{KEPT}"
         },
-    ),
-    "dropout stays as it was when it was put aside": (
-        MODE,
-        {".train(model.training)": ""},
-    ),
-    "an empty name is taken": (TAKEN, {"or not name.strip()": ""}),
-    "an adapter is overwritten": (TAKEN, {"if name in _held(model):": "if False:"}),
-    "an unknown name means none": (
-        UNKNOWN,
-        {
-            "if not isinstance(name, str) or name not in held:": "if False:",
-            "return held[name]": "return held.get(name, {})",
+    },
+    test_an_adapter_comes_back_in_the_models_mode: {
+        "dropout stays as it was when it was put aside": {".train(model.training)": ""},
+    },
+    test_a_name_that_is_empty_or_taken_is_refused: {
+        "an empty name is taken": {"or not name.strip()": ""},
+        "an adapter is overwritten": {"if name in adapters:": "if False:"},
+    },
+    test_an_unknown_name_is_refused_with_those_that_there_are: {
+        "an unknown name means none": {
+            "if not isinstance(name, str) or name not in adapters:": "if False:",
+            "return adapters[name]": "return adapters.get(name, {})",
         },
-    ),
-    "a refusal takes the active one off": (
-        test_a_refused_lora_leaves_the_active_one_on,
-        {"        switch(model, before)\n": ""},
-    ),
-    "a nameless LoRA is thrown away": (
-        NAMELESS,
-        {"if there and active(model) is None:": "if False:"},
-    ),
-    "a held LoRA is held twice": (KEEP, {" or active(model) is not None": ""}),
-    "trained biases are lost": (KEEP, {'m.bias_mode != "none"': "False"}),
-    "nothing is kept": (KEEP, {"if not layers or": "if"}),
-    "forgetting leaves it on the model": (
-        GONE,
-        {"if active(model) == name:": "if False:"},
-    ),
-    "forgetting takes the active one off": (
-        GONE,
-        {"if active(model) == name:": "if True:"},
-    ),
-    "forgetting forgets all": (GONE, {"if k != name}": "if False}"}),
-    "one parent of two is switched": (
-        test_a_layer_with_two_parents_is_switched_in_both,
-        {
+    },
+    test_a_refused_lora_leaves_the_active_one_on: {
+        "a refusal takes the active one off": {"        switch(model, before)\n": ""},
+    },
+    test_a_lora_without_a_name_is_kept_under_one_or_refused: {
+        "a nameless LoRA is thrown away": {
+            "if in_model and active(model) is None:": "if False:"
+        },
+    },
+    test_keep_refuses_what_is_no_new_lora: {
+        "a held LoRA is held twice": {" or active(model) is not None": ""},
+        "trained biases are lost": {'layer.bias_mode != "none"': "False"},
+        "nothing is kept": {"if not layers or active": "if active"},
+    },
+    test_a_forgotten_adapter_is_gone: {
+        "forgetting leaves it on the model": {NAMED: "if False:"},
+        "forgetting takes the active one off": {NAMED: "if True:"},
+        "forgetting forgets all": {"if k != name}": "if False}"},
+        "once all are forgotten the model still holds some": {
+            "return _hold(model, rest)": "model.lora_adapters = rest\n    return model"
+        },
+    },
+    test_a_layer_with_two_parents_is_switched_in_both: {
+        "one parent of two is switched": {
             ON: "for p in model.modules():\n"
             "        for k, c in p._modules.items():\n"
             "            for m in [m for m in layers.values() if m.base is c]:\n"
             "                p._modules[k] = m\n"
             "                return model"
         },
-    ),
-    "a layer that has left is passed over": (
-        test_layers_that_have_left_the_model_are_noticed,
-        {"if not {m.base for m": "if None and {m.base for m"},
-    ),
-    "the adapters are held beside the model, not in it": (
-        COPY,
-        {
+    },
+    test_layers_that_have_left_the_model_are_noticed: {
+        "a layer that has left is passed over": {"    if lost:": "    if False:"},
+        "an adapter that lost a layer has lost its name": {
+            "in_model <= set(layers.values())": "in_model == set(layers.values())"
+        },
+    },
+    test_another_method_meanwhile_is_noticed: {
+        "an adapter goes beneath another method": {
+            "if layers and kinds": "if 0 and kinds"
+        },
+    },
+    test_a_deepcopy_stands_on_its_own: {
+        "the adapters are held beside the model, not in it": {
             'return getattr(model, "lora_adapters", {})': "return HELD",
-            "model.lora_adapters = ": "globals()['HELD'] = model.lora_adapters = ",
-            "import math\n": "import math\n\nHELD = {}\n",
+            "plain.lora_adapters = ": "globals()['HELD'] = plain.lora_adapters = ",
+            "import torch\n": "import torch\n\nHELD = {}\n",
         },
-    ),
-    "a waiting adapter keeps its base's old precision": (
-        test_the_base_may_change_its_precision_while_others_wait,
-        {"m.to(m.base.weight.device)": "m.float()"},
-    ),
-    "the active one is not LoRA's own": (
-        test_the_verbs_of_lora_work_on_the_active_one,
-        {HELD: f"{HELD}\n    for m in layers.values():\n        m.scaling *= 1.5"},
-    ),
-    "the A's and B's are added, not the products": (
-        SUM,
-        {
-            PART_A: "m.lora_A[: part.r] += part.lora_A",
-            PART_B: "m.lora_B[:, : part.r] += weight * part.lora_B",
+    },
+    test_the_base_may_change_its_precision_while_others_wait: {
+        "a waiting adapter keeps its base's old precision": {
+            "layer.to(layer.base.weight.device)": "layer.float()"
         },
-    ),
-    "the weights are forgotten": (SUM, {PART_B: PART_B.replace("weight * ", "")}),
-    "the weight is on A and on B": (
-        SUM,
-        {PART_A: PART_A.replace("= part", "= weight * part")},
-    ),
-    "a negative weight is taken as positive": (
-        SUM,
-        {PART_B: PART_B.replace("weight *", "abs(weight) *")},
-    ),
-    "layers of the first adapter alone": (
-        SUM,
-        {"{p: m for _, layers in parts for p, m in layers.items()}": "parts[0][1]"},
-    ),
-    "the ranks overlap": (SUM, {STEP: "at += 1"}),
-    "the weights are squared in what comes out": (
-        MERGED_SUM,
-        {PART_B: PART_B.replace("weight *", "weight * abs(weight) *")},
-    ),
-    "a combination has the alpha of one": (
-        RANK,
-        {SETTINGS: SETTINGS.replace("one.scaling * r", "one.alpha")},
-    ),
-    "a combination's scaling is one": (
-        RANK,
-        {
-            SETTINGS: SETTINGS.replace("one.scaling * r", "r"),
-            PART_B: PART_B.replace("weight *", "weight * one.scaling *"),
+    },
+    test_the_functions_of_lora_work_on_the_active_one: {
+        "the active one is not LoRA's own": {KEPT: f"{LOOP}m.scaling *= 1.5\n{KEPT}"},
+    },
+    test_a_combination_is_the_weighted_sum_of_the_products: {
+        "the A's and B's are added, not the products": {
+            PART_A: "layer.lora_A[: stop - start] += layers[path].lora_A",
+            PART_B: "layer.lora_B[:, : stop - start] += weight * layers[path].lora_B",
         },
-    ),
-    "a combination is filled up with A's noise": (
-        RANK,
-        {"r = sum(next(iter(layers.values())).r for _, layers in parts)": "r = 8"},
-    ),
-    "combining scales the parts": (
-        PARTS,
-        {PART_B: PART_B.replace("weight * part.lora_B", "part.lora_B.mul_(weight)")},
-    ),
-    "the parts are dropped": (
-        PARTS,
-        {"{**_held(model), name: new}": "{name: new}"},
-    ),
-    "a combination has the first part's rank on paper": (
-        test_a_combination_can_be_combined,
-        {"m.lora_A.zero_()": "m.lora_A.zero_()\n        m.r = one.r"},
-    ),
-    "unequal scalings are added up": (
-        SCALINGS,
-        {"if not math.isclose(min(scalings), max(scalings)):": "if False:"},
-    ),
-    "a last digit counts as another scaling": (
-        SCALINGS,
-        {"if not math.isclose(min(scalings), max(scalings)):": "if len(scalings) > 1:"},
-    ),
-    "what is no number is a weight": (WEIGHTS, {"and math.isfinite(w)": ""}),
-    "no weights are a combination": (WEIGHTS, {"if not numbers or not": "if not"}),
+        "the weights are forgotten": {PART_B: PART_B.replace("weight * ", "")},
+        "the weight is on A and on B": {
+            PART_A: PART_A.replace("= layers", "= weight * layers")
+        },
+        "a negative weight is taken as positive": {
+            PART_B: PART_B.replace("weight *", "abs(weight) *")
+        },
+        "layers of the first adapter alone": {
+            "{path: m for layers in parts.values() for path, m in layers.items()}": (
+                "dict(next(iter(parts.values())))"
+            )
+        },
+        "the ranks overlap": {"start = stop\n": "start += 1\n"},
+    },
+    test_a_combinations_outputs_are_those_of_the_merged_sum: {
+        "the weights are squared in what comes out": {
+            PART_B: PART_B.replace("weight *", "weight * abs(weight) *")
+        },
+    },
+    test_a_combinations_rank_is_the_sum_of_the_ranks: {
+        "a combination has the alpha of one": {ALPHA: "first.alpha, False"},
+        "a combination's scaling is one": {
+            ALPHA: ALPHA.replace("first.scaling * ", ""),
+            PART_B: PART_B.replace("weight *", "weight * layers[path].scaling *"),
+        },
+        "a combination is filled up with A's noise": {
+            "r = sum(_rank(layers) for layers in parts.values())": "r = 8"
+        },
+    },
+    test_one_adapter_at_weight_one_is_itself: {
+        "a single one loses its settings": {"if len(parts) == 1:": "if False:"},
+    },
+    test_rslora_adapters_of_one_scaling_add_up: {
+        "an rsLoRA's alpha is taken for the sum": {ALPHA: "first.alpha, first.rslora"},
+    },
+    test_combining_leaves_the_parts_as_they_were: {
+        "combining scales the parts": {
+            PART_B: PART_B.replace("weight * layers[path].lora_B", "")
+            + "layers[path].lora_B.mul_(weight)"
+        },
+        "the parts are dropped": {
+            "{**_adapters(model), name: stacked}": "{name: stacked}"
+        },
+    },
+    test_a_combination_can_be_combined: {
+        "a combination has the first part's rank on paper": {
+            "layer.lora_A.zero_()": "layer.lora_A.zero_()\n"
+            "    layer.r = _rank(next(iter(parts.values())))"
+        },
+    },
+    test_unequal_scalings_are_refused_with_the_reason: {
+        "unequal scalings are added up": {APART: "if False:"},
+        "a last digit counts as another scaling": {APART: "if len(scalings) > 1:"},
+    },
+    test_wrong_weights_are_refused: {
+        "what is no number is a weight": {" and -1e300 < value < 1e300": ""},
+        "no weights are a combination": {
+            "if not weights:": "if not weights:\n        return model\n    if 0:"
+        },
+        "B may be infinite": {
+            'surgery.check_fits(f"the combined {path}", t, t.dtype)': "pass"
+        },
+    },
+}
+MUTATIONS = {
+    what: (law, changes)
+    for law, cases in BROKEN.items()
+    for what, changes in cases.items()
 }
