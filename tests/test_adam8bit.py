@@ -990,13 +990,11 @@ ROOT = 'root = (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"])'
 SHRINK = 'w.mul_(1 - lr * group["weight_decay"])'
 MOVE = "w.addcdiv_(m, root, value=-lr / (1 - beta1**t))"
 BIG = 'if p.numel() >= group["min_8bit_size"]:'
-PACK = "self.state[p] = dict(step=t, **_packed(m, v, blocksize))"
 WIDE = "self.state[p] = dict(step=t, m=m, v=v)"
 FLOOR = "v_codes.clamp_(min=(v > 0).byte())"
 KINDS = "if kinds not in (wide, packed):"
 LOAD = 'super().load_state_dict({**state_dict, "state": {}})'
 LOOK = "        for p, _ in pairs:\n            _check_gradient(p)\n"
-RATE = 'lr = group["lr"]'
 SIZE = 'blocksize = group["blocksize"]'
 ADD = "super().add_param_group(group)"
 NONE = " if p.grad is not None]"
