@@ -1,6 +1,7 @@
 """The words of the page of the papers' tables: introductions by title, notes by name.
 
-A note gives the arithmetic of a figure that does not come out as printed."""
+A note gives the arithmetic of a figure that does not come out as printed.
+"""
 
 PAGE = """\
 The papers say how many parameters their methods train. Here each of those figures is

@@ -1,10 +1,11 @@
 """The figures of the papers' tables, a row each, and how each is counted here.
 
 A row's formula is the count worked out by hand; the count on the page is read off a
-model that was really built, on the meta device, with the method added. A test holds
-the two equal. A figure that we have not seen printed is left empty. Where the printed
-one is neither the count nor a rounding of it, the note of that name in `paper_notes`
-says why, with the arithmetic."""
+model that was really built, on the meta device, with the method added. A test checks
+that the two are equal. A figure that we have not seen printed is left empty. Where the
+printed one is neither the count nor a rounding of it, the note of that name in `notes`
+says why, with the arithmetic.
+"""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,8 @@
 """The models of the papers as sizes alone: configs, and no weights anywhere.
 
-What a config does not say is the class's default, which is the published model's."""
+Those that the memory calculator knows by name are its own; the others are here. What a
+config does not say is the class's default, which is the published model's.
+"""
 
 from transformers import DebertaV2Config, GPT2Config, LlamaConfig
 
