@@ -3,6 +3,7 @@ with a command line."""
 
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from common import assert_one_sentence
 from torch import nn
 from torch.nn import functional
 from transformers import (
+    CONFIG_MAPPING,
     BertConfig,
     DebertaV2Config,
     FalconConfig,
@@ -32,8 +34,7 @@ from transformers import (
 )
 
 from experiments.sweeps import memory as sweep
-from peftlab import adam8bit, lora, qlora
-from peftlab import memory
+from peftlab import adam8bit, lora, memory, qlora
 from peftlab.kit import measure, results
 from peftlab.memory import __main__ as command
 from peftlab.memory import calculator, cards, tracker
@@ -409,6 +410,9 @@ def test_each_setting_does_what_it_says():
     assert named == bf16
 
 
+LARGE = results.load("memory")["models"]
+
+
 def test_a_70b_model_takes_no_memory_here():
     found = []
 
@@ -416,9 +420,42 @@ def test_a_70b_model_takes_no_memory_here():
         found.append(memory.step("llama-2-70b", batch=4, checkpointing=True))
 
     assert measure.peak_memory(work) < 1e7 or torch.cuda.is_available()
-    stored = results.load("memory")["models"]["llama-2-70b.lora.4"]
+    stored = LARGE["llama-2-70b.lora.4"]
     assert found[0] == stored, "run `python -m experiments.sweeps.memory`"
     assert found[0]["total"] > 138e9
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-2-7b.full.4", "llama-2-13b.full.1", "llama-2-7b.qlora.4"]
+)
+def test_a_stored_large_model_is_what_smaller_ones_of_its_kind_add_up_to(name):
+    """All layers are alike: a line through three and four of them."""
+    config, method, batch = name.rsplit(".", 2)
+
+    def at(layers):
+        shape = memory.load(config)
+        shape.num_hidden_layers = layers
+        return memory.step(shape, method, batch=int(batch), checkpointing=True)
+
+    three, four = at(3), at(4)
+    more = memory.load(config).num_hidden_layers - 3
+    parts = [*PARTS, "trainable", "parameters"]
+    want = {part: three[part] + more * (four[part] - three[part]) for part in parts}
+    assert want == {part: LARGE[name][part] for part in parts}
+
+
+CELLS = ["width 256.full", "width 256.lora.checkpointing", "width 256.qlora"]
+CELLS += ["width 512.full.adamw8bit", "bert-base.full", "t5-small.lora"]
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_stored_prediction_is_what_comes_out_today(name):
+    row = STORED[name]
+    shape = (sweep.SIZES | sweep.OTHERS)[row["shape"]][0]
+    names = ("method", "seq", "batch", "checkpointing", "optimizer")
+    settings = {k: row[k] for k in names if k in row}
+    found = memory.step(shape, device="cpu", **settings)
+    assert {part: found[part] for part in PARTS} == row["predicted"]
 
 
 def test_nothing_is_left_changed():
@@ -469,9 +506,10 @@ def test_a_card_holds_less_than_its_name_says():
         room = (size * cards.GIB - cards.CONTEXT) / (1 + cards.HOLES)
         assert memory.fits(room - 1) == name != memory.fits(room + 1e3)
     assert memory.fits(0) == "T4 (16 GB)" and memory.fits(1e12) is None
+    assert memory.fits(10**400) is None
 
 
-@pytest.mark.parametrize("total", [-1, float("nan"), "8", None])
+@pytest.mark.parametrize("total", [-1, float("nan"), "8", None, True])
 def test_fits_refuses_what_is_no_size(total):
     with pytest.raises(ValueError, match="bytes are a number") as error:
         memory.fits(total)
@@ -502,12 +540,17 @@ def test_the_public_figures_come_out_or_are_said_not_to():
 PAGE = (results.FOLDER.parent / "memory.md").read_text("utf8")
 
 
-def test_the_page_shows_what_the_command_prints(capsys):
+def test_the_page_shows_what_the_command_prints():
     block = PAGE.split("```")[1].replace("\\\n", "").strip()
     line, _, printed = block.partition("\n")
     assert line.startswith("$ python -m peftlab.memory ")
-    assert command.main(line.split()[4:]) == 0
-    assert capsys.readouterr().out.strip() == printed
+    given = {k: v for k, v in vars(command.parse(line.split()[4:])).items() if v}
+    default = vars(command.parse(["--config", "x"]))
+    more = dict(config="llama-2-7b", method="qlora", seq=512, batch=4)
+    assert given == {k: v for k, v in default.items() if v} | more | dict(
+        checkpointing=True
+    )
+    assert command.report(LARGE["llama-2-7b.qlora.4"]) == printed
 
 
 def test_the_page_names_the_cards_that_are_stored():
@@ -546,7 +589,7 @@ BAD = {
     "dtype of qlora": (dict(method="qlora", dtype="float16"), "dtype is of full and"),
     "double_quant of lora": (dict(double_quant=True), "double_quant is of qlora"),
     "double_quant of full": (dict(method="full", double_quant=False), "is of qlora"),
-    "r=0": (dict(r=0), "at least 1"),
+    "r=0": (dict(r=0), "from 1 to 100,000, not 0"),
     "r=2.5": (dict(r=2.5), "whole number"),
     "half-wrong targets": (dict(targets=["q_proj", "query"]), "there are: down_proj"),
     "no targets": (dict(targets=[]), "all-linear"),
@@ -565,9 +608,14 @@ BAD = {
         dict(config=LLAVA, method="full", seq=2049),
         "maximum, 2048",
     ),
-    "a batch that is no size": (dict(batch=10**18), "does not run without data"),
-    "a batch past any integer": (dict(batch=10**20), "does not run without data"),
-    "a rank that is no size": (dict(r=10**18), "lora cannot be added to a Llama"),
+    "a huge batch": (dict(batch=10**400), "batch must be a whole number from 1 to"),
+    "a huge seq": (dict(seq=10**400), "seq must be a whole number from 1 to"),
+    "a huge rank": (dict(r=10**400), "rank r must be a whole number from 1 to"),
+    "past what Python prints": (dict(r=10**5000), "not a huge int"),
+    "double_quant=1": (dict(method="qlora", double_quant=1), "True or False"),
+    "a long target": (dict(targets=["q" * 10**5]), "a list of names"),
+    "a long config": (dict(config="x" * 10**5), r"x\.\.\. cannot be read"),
+    "a config of control characters": (dict(config="\x1b[2J"), "x1b"),
     "batch=0": (dict(batch=0), "batch must be a whole number"),
     "batch=1.5": (dict(batch=1.5), "batch must be a whole number"),
     "checkpointing='no'": (dict(checkpointing="no"), "True or False"),
@@ -612,12 +660,38 @@ FILES = {
     "is not JSON": "{",
     "is not JSON: maximum recursion": "[" * 100_000,
     "it has no model_type": "[]",
+    "no model's config: it has no model_type": "null",
     "has no model_type": '{"hidden_size": 8}',
-    r"needs code of its own \(auto_map\)": '{"model_type": "llama", "auto_map": {}}',
     "knows no model type 'llama5'; it knows [1-9]": '{"model_type": "llama5"}',
-    "is not a valid config": '{"model_type": "llama", "hidden_size": "wide"}',
+    "knows no model type 'aaa": f'{{"model_type": "{"a" * 10**5}"}}',
+    "hidden_size must be .* not 'wide'": '{"model_type": "t5", "hidden_size": "wide"}',
     "is not a multiple of": '{"model_type": "llama", "num_attention_heads": 7}',
+    "over 10,000,000 bytes": " " * (10**7 + 1),
 }
+SETTINGS = {
+    "a million layers": (dict(num_hidden_layers=10**6), "from 1 to 1,000"),
+    "no layers": (dict(num_hidden_layers=0), "from 1 to 1,000"),
+    "layers below zero": (dict(num_hidden_layers=-3), "from 1 to 1,000"),
+    "a width beyond any": (dict(hidden_size=2**20), "hidden_size must be"),
+    "a width of nothing": (dict(hidden_size=-8), "hidden_size must be"),
+    "half a width": (dict(hidden_size=64.5), "hidden_size must be"),
+    "a width that is true": (dict(hidden_size=True), "hidden_size must be"),
+    "zero heads": (dict(num_attention_heads=0), "num_attention_heads must be"),
+    "a huge vocabulary": (dict(vocab_size=10**400), "vocab_size must be"),
+    "too many labels": (dict(num_labels=10**9), "num_labels must be"),
+    "a dropout of 7": (dict(attention_dropout=7), "attention_dropout must be from 0"),
+    "NaN": (dict(rms_norm_eps=float("nan")), "rms_norm_eps is not a number"),
+    "NaN dropped": (dict(attention_dropout=float("nan")), "dropout is not a number"),
+    "more than 10^13": (
+        dict(vocab_size=10**8, hidden_size=96_000, num_hidden_layers=1000),
+        "more than 10,000,000,000,000 parameters",
+    ),
+}
+
+
+def write(folder, **content):
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.mark.parametrize("words", FILES)
@@ -625,6 +699,65 @@ def test_a_file_that_is_no_config_gets_one_sentence(words, tmp_path):
     (tmp_path / "config.json").write_text(FILES[words])
     with pytest.raises(ValueError, match=words) as error:
         memory.step(tmp_path)
+    assert_one_sentence(error)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_size_that_cannot_be_is_refused_at_once(case, tmp_path):
+    settings, words = SETTINGS[case]
+    with pytest.raises(ValueError, match=words) as error:
+        memory.step(write(tmp_path, model_type="llama", **settings))
+    assert_one_sentence(error)
+
+
+def test_sizes_inside_and_of_a_config_object_are_checked_too(tmp_path):
+    inside = write(tmp_path, model_type="llava", text_config=dict(num_layers=10**7))
+    for config in (inside, LlamaConfig(num_hidden_layers=2000)):
+        with pytest.raises(ValueError, match="layers must be a whole number"):
+            memory.step(config)
+
+
+def test_every_type_that_transformers_has_passes_with_its_defaults():
+    for kind in ("llama", "gpt2", "t5", "bert", "deberta-v2", "mamba2", "falcon", "cvt",
+                 "gemma3n", "llava", "clap", "nllb-moe", "doge", "lxmert"):  # fmt: skip
+        memory.load(CONFIG_MAPPING[kind]())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pipe_in_place_of_a_config_does_not_hang(inside, tmp_path):
+    pipe = tmp_path / "config.json"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="no regular file") as error:
+        memory.load(tmp_path if inside else pipe)
+    assert_one_sentence(error)
+
+
+FALCON_FILE = dict(
+    model_type="falcon",
+    auto_map=dict(AutoModelForCausalLM="somewhere--modeling.Model"),
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    vocab_size=1000,
+    quantization_config=dict(quant_method="bitsandbytes"),
+)
+
+
+@pytest.mark.parametrize("named", [[], ["FalconForCausalLM"]])
+def test_a_type_that_transformers_builds_needs_no_code_of_its_own(named, tmp_path):
+    config = memory.load(write(tmp_path, **FALCON_FILE, architectures=named))
+    assert not hasattr(config, "auto_map")
+    found, want = (memory.step(c, "qlora", seq=8) for c in (config, FALCON))
+    assert found == want
+
+
+@pytest.mark.parametrize(
+    "more", [dict(model_type="chatglm"), dict(architectures=["RWForCausalLM"])]
+)
+def test_code_from_elsewhere_is_never_run(more, tmp_path):
+    with pytest.raises(ValueError, match=r"code of its own \(auto_map\)") as error:
+        memory.step(write(tmp_path, **FALCON_FILE | more))
     assert_one_sentence(error)
 
 
@@ -680,11 +813,17 @@ def test_the_command_prints_the_parts_and_the_card(capsys):
     assert "38,912 of 957,568 (4.06%)" in out[-2]
 
 
+def test_the_model_that_ships_is_counted_with_the_defaults(capsys):
+    assert command.main(["--config", TINY]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "sequence    256 tokens, the model's maximum"
+    assert memory.step(TINY) == memory.step(TINY, seq=256) != memory.step(TINY, seq=255)
+
+
 def test_the_options_of_the_command_are_those_of_step(capsys):
     def bytes_of(line):
-        assert (
-            command.main(["--config", TINY, "--seq", "32", "--json", *line.split()]) == 0
-        )
+        options = ["--config", TINY, "--seq", "32", "--json", *line.split()]
+        assert command.main(options) == 0
         return json.loads(capsys.readouterr().out)
 
     for line, settings in {
@@ -715,12 +854,14 @@ def test_a_model_that_fits_no_card_is_said_not_to(capsys):
         ("", "--config"),
         ("--config x", "one of bert-base"),
         ("--config tiny-decoder --method x", "there are: full, lora, qlora"),
-        ("--config tiny-decoder --r many", "invalid int value"),
-        ("--config tiny-decoder --batch 0", "from 1 up"),
+        ("--config tiny-decoder --r many", "no whole number: 'many'"),
+        ("--config tiny-decoder --batch 0", "from 1 to 1,000,000, not 0"),
         ("--config tiny-decoder --method qlora --dtype bfloat16", "dtype is of full"),
         ("--config tiny-decoder --metho lora", "unrecognized"),
         ("--config tiny-decoder --targets ,", "no linear layer is named"),
         ("--config tiny-decoder --seq 999", "maximum, 256"),
+        (f"--config tiny-decoder --r {'9' * 5000}", "no whole number"),
+        (f"--config tiny-decoder --{'x' * 10**5}", "unrecognized"),
     ],
 )
 def test_a_wrong_command_gets_one_sentence_and_status_2(line, words, capsys):

@@ -74,12 +74,11 @@ def lora_and_norms(model):
 
 
 def lora_and_prompt(r):
-    """Two methods on one model: the second freezes the first, which is to train too."""
+    """Two methods on one model: LoRA inside, and a prompt around it."""
 
     def add(model):
-        wrapped = prompt.add(lora.add(model, QV, r=r), 12)
-        for p in lora.state_dict(model, keep_vars=True).values():
-            p.requires_grad_(True)
+        wrapped = prompt.add(model, 12)
+        lora.add(model, QV, r=r)  # it freezes what is inside alone
         return wrapped
 
     return add

@@ -2,9 +2,10 @@
 
 A cell is a shape, a method and a setting. A real model is built and makes two steps;
 the second finds the optimizer with its state. Measured are the bytes of the model, and
-the highest point above them that torch's allocator reports. `peftlab.memory` predicts the
-same from the shape alone. About ten minutes on one core with AVX512; much longer
-without, where bfloat16 is slow."""
+the highest point above them that torch's allocator reports. `peftlab.memory` predicts
+the same from the shape alone. About ten minutes on one core with AVX512; much longer
+without, where bfloat16 is slow.
+"""
 
 import copy
 import gc

@@ -61,13 +61,18 @@ def report(sizes):
     return "\n".join([*lines, f"{'trains':12}{numbers}", f"{'fits':12}{gpu}"])
 
 
+def parse(arguments=None):
+    """The command line's options; leaves with a sentence and status 2 for others."""
+    return _parser().parse_args(arguments)
+
+
 def main(arguments=None):
     """Run the command line.
 
     Returns:
         The exit status: 0, or 2 where the input is wrong.
     """
-    options = vars(_parser().parse_args(arguments))
+    options = vars(parse(arguments))
     as_json = options.pop("json")
     if options["targets"] not in (None, "all-linear"):
         options["targets"] = options["targets"].split(",")

@@ -1,7 +1,7 @@
 """A training step on the meta device, and the bytes that it would have held.
 
-The model is built, the method is added, and the step is run for real: forward, backward,
-optimizer. It is a second step: the optimizer has its state.
+The model is built, the method is added, and the step is run for real: forward,
+backward, optimizer. It is a second step: the optimizer has its state.
 """
 
 import contextlib
