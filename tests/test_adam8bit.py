@@ -480,9 +480,10 @@ def test_a_step_needs_the_memory_of_one_tensor_at_a_time(adam8bit):
         optimizer.step()
         optimizer.step()
 
+    adam8bit.Adam8bit(weights[:1]).step()  # which makes the tables of the look-up
     one = 4 * 256 * 256  # a tensor in float32
     used = measure.peak_memory(work) / one - 20 * 2 * (1 + 4 / 256) / 4
-    assert used < 8, f"{used:.1f} tensors in float32 beside the states, of 20"
+    assert used < 7, f"{used:.1f} tensors in float32 beside the states, of 20"
 
 
 # The laws of the state dict
