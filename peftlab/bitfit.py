@@ -210,7 +210,7 @@ def _computed(model, name, layers):
         t = getattr(m, name, None) if m in layers else None
         plain = isinstance(t, nn.Parameter)
         if torch.is_tensor(t) and t.is_floating_point() and not plain:
-            idle[m] = f"{path}.{name} is computed, no parameter"
+            idle[m] = f"{path}.{name} is computed, or a buffer"
     return idle
 
 

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+import transformers as tf
 from common import (
     BATCH,
     SMALL,
@@ -28,23 +29,6 @@ from common import (
 )
 from torch import nn
 from torch.nn.functional import gelu, relu, silu
-from transformers import (
-    BertConfig,
-    BertModel,
-    MistralConfig,
-    MistralForCausalLM,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
 
 from peftlab import adapter as reference
 from peftlab import bitfit, lora, multi_lora
@@ -60,7 +44,7 @@ def adapter():
 
 
 def encoder():
-    return bert(BertModel).double()
+    return bert(tf.BertModel).double()
 
 
 FAMILIES = {"bert": encoder, "llama": llama, "t5": t5}
@@ -274,10 +258,10 @@ def test_houlsby_sits_twice_in_a_layer_the_others_once(adapter):
 
 def test_an_adapter_has_2md_plus_d_plus_m_numbers(adapter):
     large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
-    large = RobertaConfig(**large, num_attention_heads=16)
+    large = tf.RobertaConfig(**large, num_attention_heads=16)
     for kind, config, d, m, layers, pfeiffer in (
-        (BertModel, BertConfig(), 768, 48, 12, 894_528),
-        (RobertaModel, large, 1024, 64, 24, 3_171_840),
+        (tf.BertModel, tf.BertConfig(), 768, 48, 12, 894_528),
+        (tf.RobertaModel, large, 1024, 64, 24, 3_171_840),
     ):
         with torch.device("meta"):
             model = kind(config)
@@ -542,12 +526,12 @@ def kin(config, model, **more):
 GROUPED = dict(num_key_value_heads=2, head_dim=8)
 T5_SIZES = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 MORE = {
-    "roberta": kin(RobertaConfig, RobertaForSequenceClassification),
-    "xlm-roberta": kin(XLMRobertaConfig, XLMRobertaModel),
-    "mistral": kin(MistralConfig, MistralForCausalLM, **GROUPED),
-    "qwen2": kin(Qwen2Config, Qwen2ForCausalLM, num_key_value_heads=2),
-    "qwen3": kin(Qwen3Config, Qwen3ForCausalLM, **GROUPED),
-    "mt5": lambda: seeded(MT5ForConditionalGeneration(MT5Config(**T5_SIZES))),
+    "roberta": kin(tf.RobertaConfig, tf.RobertaForSequenceClassification),
+    "xlm-roberta": kin(tf.XLMRobertaConfig, tf.XLMRobertaModel),
+    "mistral": kin(tf.MistralConfig, tf.MistralForCausalLM, **GROUPED),
+    "qwen2": kin(tf.Qwen2Config, tf.Qwen2ForCausalLM, num_key_value_heads=2),
+    "qwen3": kin(tf.Qwen3Config, tf.Qwen3ForCausalLM, **GROUPED),
+    "mt5": lambda: seeded(tf.MT5ForConditionalGeneration(tf.MT5Config(**T5_SIZES))),
     "tiny-decoder": lambda: base_models.load("tiny-decoder", device="cpu")[0],
 }
 
@@ -579,7 +563,7 @@ def test_tiny_decoder_generates_with_its_cache_what_it_would_without(placement):
     assert torch.equal(cached, whole)
 
 
-@pytest.mark.parametrize("build", [lambda: bert(BertModel), llama, t5])
+@pytest.mark.parametrize("build", [lambda: bert(tf.BertModel), llama, t5])
 def test_autocast_comes_close_to_float32(build):
     model = fill(reference.add(build(), "pfeiffer", 3, scale=0.1), reference)
     exact = plain_output(model)
@@ -666,6 +650,7 @@ def test_the_functions_say_so_where_there_is_no_adapter(function):
     with pytest.raises(ValueError, match="nn.Module"):
         call(None, *more)
     refused(model, "'de'", reference.state_dict, "de")
+    refused(model, "carries adapter", lora.add, ["query"])
 
 
 def test_another_method_beneath_is_refused():

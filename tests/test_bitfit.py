@@ -10,6 +10,7 @@ import warnings
 import bitsandbytes
 import pytest
 import torch
+import transformers as tf
 from common import (
     IDS,
     MODELS,
@@ -33,16 +34,6 @@ from common import (
 from peft import LNTuningConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
-from transformers import (
-    BertConfig,
-    BertModel,
-    MambaConfig,
-    MambaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    MobileBertConfig,
-    MobileBertForMaskedLM,
-)
 
 from peftlab import bitfit as reference
 from peftlab import int8, lora, multi_lora, nf4
@@ -245,11 +236,6 @@ def test_an_empty_list_of_targets_is_refused(bitfit):
             refused(net(), "targets", bitfit.add, targets=nothing, **settings)
 
 
-def test_a_half_wrong_target_list_is_refused(bitfit):
-    words = "no_such_proj.*c_attn"  # and what there is
-    refused(net(), words, bitfit.add, create=True, targets=["proj", "no_such_proj"])
-
-
 def test_frozen_weights_are_bit_identical_after_training(bitfit):
     for settings in ({}, dict(create=True), dict(targets=["c_attn", "lm_head"])):
         model = bitfit.add(net(), **settings)
@@ -428,13 +414,13 @@ def test_a_compiled_model_has_plain_names():
 
 def test_real_layers_that_read_no_bias_get_none():
     sizes = dict(vocab_size=40, hidden_size=32, num_hidden_layers=1)
-    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=4))
+    mamba = tf.MambaForCausalLM(tf.MambaConfig(**sizes, state_size=4))
     with pytest.warns(UserWarning, match="x_proj would not add"):  # a GPU's kernel
         reference.add(mamba, create=True)
     more = dict(intermediate_size=32, num_attention_heads=4, embedding_size=16)
-    config = MobileBertConfig(**sizes, **more, intra_bottleneck_size=16)
+    config = tf.MobileBertConfig(**sizes, **more, intra_bottleneck_size=16)
     with pytest.warns(UserWarning, match="cls.predictions.dense would not add"):
-        reference.add(MobileBertForMaskedLM(config), create=True)
+        reference.add(tf.MobileBertForMaskedLM(config), create=True)
     for model, name in ((mamba, "mixer.out_proj.bias"), (t5(), "wo.bias")):
         if model is not mamba:
             with warnings.catch_warnings():
@@ -459,7 +445,7 @@ def test_the_biases_of_attention_are_read(first):
 
 def test_creating_over_fused_experts_is_refused_by_their_share():
     moe = dict(**SMALL, num_attention_heads=4, num_key_value_heads=2)
-    model = MixtralForCausalLM(MixtralConfig(**moe, num_local_experts=4))
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**moe, num_local_experts=4))
     refused(model, "% of the weights", reference.add, create=True)
     reference.add(model, create=True, targets=["q_proj", "v_proj"])
 
@@ -487,35 +473,7 @@ def test_a_packed_layer_gets_a_bias_in_float32(kind):
     assert torch.equal(layer.bias.grad, torch.full((64,), 3.0))
 
 
-# Which biases: the paper's counts, and real models
-
-
-@pytest.mark.parametrize(
-    "width, layers, heads, count, base",
-    [
-        (768, 12, 12, 102_912, 109_482_240),
-        (1024, 24, 16, 272_384, 335_141_888),
-    ],
-)
-def test_bert_trains_as_many_biases_as_it_has(width, layers, heads, count, base):
-    sizes = dict(hidden_size=width, intermediate_size=4 * width)
-    config = BertConfig(**sizes, num_hidden_layers=layers, num_attention_heads=heads)
-    with torch.device("meta"):
-        model = reference.add(BertModel(config))
-    assert sum(p.numel() for p in model.parameters()) == base
-    assert sum(t.numel() for t in reference.state_dict(model).values()) == count
-    assert 0.0008 < count / base < 0.00095  # the paper: 0.09% and 0.08%
-
-
-def test_bert_base_has_46_080_biases_in_queries_and_intermediate_layers():
-    with torch.device("meta"):
-        model = BertModel(BertConfig())
-        reference.add(model, targets=["query", "intermediate.dense"])
-    assert sum(t.numel() for t in reference.state_dict(model).values()) == 46_080
-
-
-def has_biases(name):
-    return name not in ("tiny-decoder", "t5")
+# Real models (test_counting.py has the paper's counts)
 
 
 FAMILIES = {**MODELS, "t5": t5}
@@ -524,7 +482,7 @@ FAMILIES = {**MODELS, "t5": t5}
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_keeps_its_outputs_and_then_learns(name):
     model = FAMILIES[name]()
-    if not has_biases(name):
+    if name in ("tiny-decoder", "t5"):  # they have no biases
         with pytest.raises(ValueError, match="create=True"):
             reference.add(model)
     with torch.no_grad():
@@ -703,11 +661,6 @@ BROKEN = {
     test_an_empty_list_of_targets_is_refused: {
         "an empty list means all": {
             "    linears = []\n": "    targets = targets or None\n    linears = []\n"
-        },
-    },
-    test_a_half_wrong_target_list_is_refused: {
-        "a half-wrong target list is accepted": {
-            "    if lost:\n": "    if len(lost) == len(targets):\n"
         },
     },
     test_norm_tuning_trains_the_norms_alone: {

@@ -626,7 +626,7 @@ assert multi_lora.names(model) == ["fi", "pl"] and multi_lora.active(model) == "
 assert not torch.equal(model(x), plain)
 assert torch.equal(multi_lora.switch(model, None)(x), plain)
 multi_lora.combine(model, {"fi": 1, "pl": -0.5}, "both")
-weight = model[2].weight + deltas["fi"] - 0.5 * deltas["pl"]
+weight = model[2].base.weight + deltas["fi"] - 0.5 * deltas["pl"]
 assert torch.allclose(lora.merge(model)[2].weight, weight, atol=1e-6)
 multi_lora.forget(model, "both")
 """
