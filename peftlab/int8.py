@@ -132,8 +132,8 @@ def decompose(x, threshold):
         ValueError: for another x, and a threshold below 0.
     """
     _check_threshold(threshold)
-    if not torch.is_tensor(x) or x.dtype not in FLOATS or x.dim() != 2:
-        raise ValueError("x must be a matrix (n, in) of floats")
+    if not _is_floats(x) or x.dim() != 2 or x.is_meta:
+        raise ValueError("x must be a matrix (n, in) of floats, not on the meta device")
 
     size = x.abs()
     is_small = size < (threshold or torch.inf)
@@ -183,11 +183,7 @@ class Int8Linear(nn.Module):
         return W
 
     def forward(self, x):  # (..., in) -> (..., out)
-        if x.dtype not in FLOATS or x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"the input must be floats (..., {self.in_features}), not {x.dtype}"
-                f" {(*x.shape,)}"
-            )
+        _check_input(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
         y = _Product.apply(rows, self.bias, self.codes, self.absmax, self.threshold)
         return y.view(*x.shape[:-1], self.out_features)
@@ -252,12 +248,29 @@ def _multiply(a, b):
 # What cannot be
 
 
-def _check_floats(x):
-    if not torch.is_tensor(x) or x.dtype not in FLOATS:
+def _is_floats(x):
+    is_dense = torch.is_tensor(x) and x.layout == torch.strided and not x.is_nested
+    return is_dense and x.dtype in FLOATS
+
+
+def _check_input(x, in_features):
+    if not _is_floats(x):
         what = getattr(x, "dtype", type(x).__name__)
-        raise ValueError(f"x must be a tensor of floats of 16 bits or more, not {what}")
-    if x.layout != torch.strided or not x.numel():
-        raise ValueError("x must be a dense tensor that is not empty")
+        raise ValueError(f"the input must be floats in a dense tensor, not {what}")
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"the input must be floats (..., {in_features}), not {(*x.shape,)}"
+        )
+
+
+def _check_floats(x):
+    if not _is_floats(x):
+        what = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(
+            f"x must be a dense tensor of 16- to 64-bit floats, not {what}"
+        )
+    if not x.numel():
+        raise ValueError("x must be a tensor that is not empty")
 
 
 def _check_sharing(x, dim, blocksize):

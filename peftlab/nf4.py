@@ -155,9 +155,10 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     """
     _check(weight, blocksize, code, double_quant)
 
-    piece = CHUNK // blocksize * blocksize
+    piece = CHUNK // blocksize * blocksize  # whole blocks
     if weight.is_meta:
         piece = weight.numel()
+
     indices, absmax = [], []
     for x in weight.reshape(-1).split(piece):
         nearest, largest = _nearest(x, blocksize, code)
@@ -335,11 +336,7 @@ class NF4Linear(Packed):
         return W
 
     def forward(self, x):  # (..., in) -> (..., out)
-        if not x.is_floating_point() or x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"the input must be floats (..., {self.in_features}), not {x.dtype}"
-                f" {(*x.shape,)}"
-            )
+        _check_input(x, self.in_features)
         y = x.to(self.compute_dtype or x.dtype)
 
         if torch.compiler.is_compiling():  # a trace of _Product would keep W
@@ -381,7 +378,7 @@ def _check(weight, blocksize, code, double_quant):
     if not torch.is_tensor(weight) or weight.dtype not in FLOATS:
         what = getattr(weight, "dtype", type(weight).__name__)
         raise ValueError(f"4 bits need a float of 16 or 32 bits, not {what}")
-    if weight.layout != torch.strided or not weight.numel():
+    if not _is_dense(weight) or not weight.numel():
         raise ValueError("4 bits need weights in a dense tensor that is not empty")
 
     surgery.check_whole("the block size", blocksize, 2, CHUNK + 1)
@@ -389,11 +386,26 @@ def _check(weight, blocksize, code, double_quant):
         raise ValueError(f"the block size must be even, not {blocksize}")
     surgery.check_flag("double_quant", double_quant)
 
-    floats = torch.is_tensor(code) and code.is_floating_point()
-    if not floats or code.shape != (16,) or code.is_meta and not weight.is_meta:
+    is_code = torch.is_tensor(code) and code.is_floating_point() and _is_dense(code)
+    is_elsewhere = is_code and code.is_meta and not weight.is_meta
+    if not is_code or code.shape != (16,) or is_elsewhere:
         raise ValueError("a code must be 16 values, a tensor of floats")
     if not code.is_meta and code.float().abs().max() != 1:
         raise ValueError("a code must be 16 values, the largest magnitude being 1")
+
+
+def _is_dense(t):
+    return t.layout == torch.strided and not t.is_nested
+
+
+def _check_input(x, in_features):
+    if not torch.is_tensor(x) or not x.is_floating_point() or x.is_nested:
+        what = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(f"the input must be floats in a tensor, not {what}")
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"the input must be floats (..., {in_features}), not {(*x.shape,)}"
+        )
 
 
 def _check_finite(what, t):
@@ -403,4 +415,6 @@ def _check_finite(what, t):
 
 def _check_float(what, dtype):
     if dtype is not None and dtype not in (*FLOATS, torch.float64):
-        raise ValueError(f"{what}: a float of 16 bits or more, or None, not {dtype!r}")
+        raise ValueError(
+            f"{what}: a float of 16 bits or more, or None, not {dtype!r:.60}"
+        )

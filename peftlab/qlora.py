@@ -108,11 +108,10 @@ def merge(model, bits=16):
     if type(bits) is not int or bits not in (4, 16):
         raise ValueError(f"merge into 16 bits or into 4, not {bits!r:.60}")
     wrappers = surgery.wrappers(model, lora.LoRALinear)
-    is_packed = {
-        path: isinstance(m.base, nf4.NF4Linear) for path, m in wrappers.items()
-    }
-    packed = {path: m for path, m in wrappers.items() if is_packed[path]}
-    heads = {path: m for path, m in wrappers.items() if not is_packed[path]}
+    packed, heads = {}, {}
+    for path, m in wrappers.items():
+        group = packed if isinstance(m.base, nf4.NF4Linear) else heads
+        group[path] = m
     if not packed:
         raise ValueError("no base under this LoRA is packed: lora.merge is for it")
 

@@ -667,7 +667,14 @@ def test_a_bad_threshold_gets_one_sentence():
 def test_a_bad_input_gets_one_sentence(int8):
     layer = int8.Int8Linear(plain())
     x = torch.ones(2, 24)
-    bad = [x[:, :12], torch.tensor(1.0), x.long(), x > 0, x.to(torch.float8_e4m3fn)]
+    bad = [
+        x[:, :12],
+        torch.tensor(1.0),
+        x.long(),
+        x > 0,
+        x.to(torch.float8_e4m3fn),
+        None,
+    ]
     for x in bad:
         with pytest.raises(ValueError, match="must be floats") as error:
             layer(x)
@@ -712,8 +719,7 @@ def test_rows_have_the_librarys_codes_and_stats():
         torch.testing.assert_close(got, want.half(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("outliers", [(), (3,), (0, 3, 17, 23)])
-@pytest.mark.parametrize("rows", [1, 2, 16, 300])
+@pytest.mark.parametrize("rows, outliers", [(1, (3,)), (16, ()), (300, (0, 3, 17, 23))])
 def test_outliers_have_the_librarys_columns_codes_and_stats(rows, outliers):
     x = activations(rows, 24, outliers, 37.0, torch.float16)
     codes, stats, columns = int8_vectorwise_quant(x.clone(), threshold=6.0)
@@ -769,14 +775,6 @@ def test_the_product_is_within_the_librarys_tolerance_of_the_exact_one(dtype):
         assert far.float().mean() <= (0.0175 if dtype == torch.float16 else 0.021)
         far = ~torch.isclose(got, exact, atol=0.035, rtol=0.2)
         assert far.float().mean() <= 0.001
-
-
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_outliers_cost_what_they_cost_the_library(threshold):
-    base, x, exact = with_outliers()
-    ours = (reference.Int8Linear(base, threshold)(x) - exact).std()
-    want = (theirs(base, threshold)(x) - exact).std()
-    assert abs(ours / want - 1) < 0.02
 
 
 # int8.py copied alone, for tests/test_standalone.py
@@ -980,7 +978,7 @@ BROKEN = {
         },
     },
     test_a_bad_input_gets_one_sentence: {
-        "an input may have any width": {"x.shape[-1:] != (self.in_features,)": "False"},
+        "an input may have any width": {"x.shape[-1:] != (in_features,)": "False"},
     },
     test_whole_models_keep_their_function: {
         "the weight is rounded to 3 bits": {

@@ -372,7 +372,13 @@ BAD = {
         *(LEVELS[1:], torch.linspace(-1, 1, 17), LEVELS.view(4, 4)),
         *(7 * LEVELS, LEVELS / 2, LEVELS.numpy(), LEVELS.tolist(), "nf4", None),
         LEVELS.clone().index_fill(0, torch.tensor([3]), torch.nan),
-        *(LEVELS > 0, LEVELS.to(torch.complex64), LEVELS.int(), LEVELS.to("meta")),
+        *(
+            LEVELS > 0,
+            LEVELS.to(torch.complex64),
+            LEVELS.int(),
+            LEVELS.to_sparse(),
+            LEVELS.to("meta"),
+        ),
     ],
     "4 bits need": [
         *(ONES.to(dtype) for dtype in NOT_DTYPES),
@@ -496,14 +502,11 @@ def test_a_bad_setting_of_a_layer_is_refused(nf4):
 
 
 def test_an_input_of_another_width_or_of_whole_numbers_is_refused(nf4):
+    x = torch.ones(2, 4)
+    bad = (x.long(), x > 0, x[:, :3], x.T, torch.tensor(1.0), x.tolist(), None)
     for compute in (None, torch.bfloat16):
         layer = nf4.NF4Linear(nn.Linear(4, 3), compute_dtype=compute)
-        for x in (
-            *(torch.ones(2, 4).to(t) for t in (torch.int64, torch.bool)),
-            torch.ones(2, 3),
-            torch.ones(4, 2),
-            torch.tensor(1.0),
-        ):
+        for x in bad:
             with pytest.raises(ValueError, match="must be floats") as error:
                 layer(x)
             assert_one_sentence(error)
@@ -602,33 +605,18 @@ def test_a_weight_takes_4_bits_and_its_share_of_an_absmax(nf4):
 
 def test_the_librarys_table_of_65536_bins_is_coarser():
     """On the CPU the library looks an absmax's code up in a table of 65,536 bins from
-    -1 to 1. A bin has one code, so near a midpoint some go to the neighbour. Near zero
-    the dynamic values are closer together than the bins are: there the code is up to
-    three values away, and zero itself is not at the value zero. Offset and nested
-    absmax are the same. 0.16% of codes differ where the weights are normal, 0.36% where
-    absmax are lognormal. What it loses is less than a bin's width of nested absmax."""
-    table, bin_width = create_dynamic_map(), 2 / 65535
-    for weight, low, high in (
-        (randn(2**21), 0.0010, 0.0025),
-        (spread(300_000), 0.0025, 0.0050),
-    ):
-        size = 64 if weight.dim() == 1 else 8
-        weight = weight.view(-1, size)
-        weight = nn.functional.pad(weight, (0, 64 - size))
+    -1 to 1, and a bin has one code: near a midpoint some go to the neighbour. Near zero
+    the values are closer together than the bins are: up to three away. The shares are
+    of normal weights, and of lognormal absmax."""
+    cases = (randn(2**21).view(-1, 64), 0.0010), (spread(300_000), 0.0025)
+    for weight, low in cases:
+        weight = nn.functional.pad(weight, (0, 64 - weight.shape[1]))
         q = reference.quantize(weight, 64, double_quant=True)
         packed, state, _ = library(weight, 64, nested=True)
         assert same(q.codes, packed) and same(q.offset, state.offset)
         assert same(q.nested_absmax, state.state2.absmax)
         gap = (q.absmax.int() - state.absmax.int()).abs()
-        share = (gap > 0).double().mean()
-        assert low < share < high, f"{share:.2%} of absmax have another code"
-        assert 1 <= gap.max() <= 3, f"codes are {gap.max()} apart"
-        nested = q.nested_absmax.repeat_interleave(256)[: len(weight)].double()
-        x = (weight.abs().max(1).values - q.offset).double() / nested
-        off = [(table[c.int()] - x).abs() for c in (q.absmax, state.absmax)]
-        loss = (off[1] - off[0]).max()
-        assert (off[0] <= off[1] + 1e-9).all(), "ours is not the nearest"
-        assert loss < bin_width, f"the library's is {loss:.1e} further away"
+        assert low < (gap > 0).double().mean() < 2.5 * low and gap.max() <= 3
 
 
 # For any weights that hypothesis thinks of
@@ -1270,7 +1258,7 @@ THERE = "ctx.dtype = x.dtype\n        return _multiply(x, q)"
 ANSWER = "return y.to(x.dtype)"
 PLAIN = "if not _is_plain(base):"
 PROBE = 'dtype=self.dtype, device="cpu")'
-WIDTH = "x.shape[-1:] != (self.in_features,)"
+WIDTH = "x.shape[-1:] != (in_features,)"
 
 # {the law that goes red: {what is broken: {text: text in its place}}}
 BROKEN = {
