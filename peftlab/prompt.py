@@ -225,6 +225,7 @@ def add(model, n, init="vocabulary", decoder=False):
             embeddings, and one that carries a method already.
     """
     surgery.refuse_carried(model)
+    model = surgery.uncompiled(model)
     surgery.check_whole("n", n, 1)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding):
@@ -247,6 +248,7 @@ def state_dict(wrapper):
     Raises:
         ValueError: for a model without a prompt.
     """
+    wrapper = surgery.uncompiled(wrapper)
     surgery.refuse_containers(wrapper)
     if not isinstance(wrapper, PromptModel):
         raise ValueError("the model has no prompt: call prompt.add first")

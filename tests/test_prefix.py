@@ -5,14 +5,16 @@ broken copies of prefix.py. Messages name the mistake that gives the symptom.
 """
 
 import copy
+import inspect
+import tempfile
 
 import pytest
 import torch
+import transformers as tf
 from common import (
     BATCH,
     MODELS,
     SMALL,
-    assert_one_sentence,
     assert_same,
     assert_unchanged,
     bert,
@@ -24,26 +26,35 @@ from common import (
     trainable,
 )
 from peft import PrefixTuningConfig, get_peft_model
-from torch import nn
-from transformers import (
-    BertModel,
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
+from test_prompt import (
+    BAD_NUMBERS,
+    CACHE,
+    IDS,
+    LABELS,
+    LEFT,
+    MASK,
+    TEXTS,
+    N,
+    add_is_refused,
+    bart,
+    bart_decoder,
+    bloom,
+    from_threads,
+    greedy,
+    jamba,
+    kit_trains_it,
+    mamba2,
+    mistral,
+    refused,
+    roberta_decoder,
+    trainer,
+    write,
 )
+from torch import nn
 
+from peftlab import lora, prompt
 from peftlab import prefix as reference
-from peftlab import prompt
-from peftlab.kit import data, measure, base_models
-from peftlab.kit.train import train
-
-N = 4
-IDS, MASK = BATCH["input_ids"], BATCH["attention_mask"]  # the last row is padded
-LABELS = IDS.masked_fill(MASK == 0, -100)
+from peftlab.kit import measure
 
 
 @pytest.fixture
@@ -55,7 +66,30 @@ def wide():
     """Heads that are not hidden / heads wide, two for keys, and an uneven depth."""
     sizes = dict(SMALL, num_hidden_layers=3, head_dim=12)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    return seeded(LlamaForCausalLM(LlamaConfig(**sizes, **heads)))
+    return seeded(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **heads)))
+
+
+def falcon():
+    """One key and value for all heads, which no setting but this one tells."""
+    sizes = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, multi_query=True)
+    return seeded(tf.FalconForCausalLM(tf.FalconConfig(**sizes, **heads)))
+
+
+def uneven():
+    """A T5 whose decoder is deeper than its encoder."""
+    sizes = dict(d_model=32, d_kv=4, d_ff=16, num_layers=1, num_decoder_layers=3)
+    ids = dict(decoder_start_token_id=0, pad_token_id=0)
+    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=40, **sizes, **ids))
+
+
+def deepseek():
+    """Its keys are wider than its values."""
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=8)
+    sizes = dict(qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, q_lora_rank=8)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    config = tf.DeepseekV3Config(**SMALL, **heads, **sizes, **experts)
+    return seeded(tf.DeepseekV3ForCausalLM(config))
 
 
 def wrapped(prefix, model=llama, **settings):
@@ -68,37 +102,16 @@ def by_hand(wrapper, flat, ids, mask=None, **inputs):
     layers, heads, size = wrapper.sizes
     pairs = [t.view(N, heads, size).transpose(0, 1) for t in flat.chunk(2 * layers, 1)]
     pairs = [t.expand(len(ids), -1, -1, -1) for t in pairs]
-    cache = DynamicCache()
+    cache = tf.DynamicCache()
     for layer in range(layers):  # the key at 2 layer, the value after it
         cache.update(pairs[2 * layer], pairs[2 * layer + 1], layer)
     if mask is not None:
         inputs["attention_mask"] = torch.cat([torch.ones(len(ids), N).long(), mask], 1)
-    return wrapper.model(ids, **{wrapper._cache: cache}, **inputs)
+    return wrapper.model(ids, **{CACHE: cache}, **inputs)
 
 
 def flat_of(prefix, wrapper):
     return prefix.state_dict(wrapper)["prompt_embeddings"]
-
-
-def padded_left(ids, mask):
-    """The rows of a batch that is padded on the right, padded on the left."""
-    order = mask.argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
-
-
-def greedy(model, ids, steps):
-    """The greedy continuation, read off forward anew for each token."""
-    for _ in range(steps):
-        best = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-        ids = torch.cat([ids, best.argmax(-1, keepdim=True)], 1)
-    return ids
-
-
-def write(model, ids, mask=None, steps=6, **options):
-    """`generate` without an end token, so that all rows are of one length."""
-    options |= dict(max_new_tokens=steps, do_sample=False, eos_token_id=None)
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(input_ids=ids, attention_mask=mask, **options)
 
 
 # The laws: what the attention reads
@@ -106,7 +119,7 @@ def write(model, ids, mask=None, steps=6, **options):
 
 @torch.no_grad()
 def test_every_layer_reads_its_keys_and_values_before_the_texts_own(prefix):
-    for model in (llama, wide, gpt2):
+    for model in (llama, wide, gpt2, falcon):
         wrapper = wrapped(prefix, model)
         flat = flat_of(prefix, wrapper)
         layers, heads, size = wrapper.sizes
@@ -122,17 +135,20 @@ def test_every_layer_reads_its_keys_and_values_before_the_texts_own(prefix):
 
 
 def test_the_sizes_are_those_of_the_key_value_heads(prefix):
-    ids = dict(decoder_start_token_id=0, pad_token_id=0)
-    uneven = dict(d_model=32, d_kv=4, d_ff=16, num_layers=1, num_decoder_layers=3)
-    uneven = T5Config(vocab_size=40, **uneven, **ids)
-    for model, sizes in (
-        (llama(), (2, 1, 8)),
-        (wide(), (3, 2, 12)),
-        (gpt2(), (2, 4, 8)),
-        (T5ForConditionalGeneration(uneven), (3, 8, 4)),
-    ):
-        wrapper = prefix.add(model, N)
+    all_sizes = (2, 1, 8), (3, 2, 12), (2, 4, 8), (2, 1, 8), (3, 8, 4)
+    models = llama, wide, gpt2, falcon, uneven
+    for model, sizes in zip(models, all_sizes, strict=True):
+        plain = model().train()
+        plain.config.use_cache = False  # as training scripts set it
+        torch.manual_seed(0)
+        want = torch.randn(N, 2 * sizes[0] * sizes[1] * sizes[2])
+        torch.manual_seed(0)
+        try:
+            wrapper = prefix.add(plain, N)
+        except ValueError:
+            pytest.fail("a cache that is turned off has no sizes")
         assert wrapper.sizes == sizes, "(decoder layers, key-value heads, head's size)"
+        assert torch.equal(wrapper.prompt_embeddings, want), "dropout moved the seed"
         wrapper(IDS, labels=LABELS).loss.backward()
 
 
@@ -167,14 +183,30 @@ def test_a_batch_padded_on_the_right_is_masked_and_counted_as_ever(prefix):
 
 @torch.no_grad()
 def test_a_row_padded_on_the_left_says_what_it_says_alone(prefix):
-    ids, mask = padded_left(IDS, MASK)
-    for model in (llama, gpt2):
+    for model in (llama, gpt2, bloom, falcon, roberta_decoder):
         wrapper = wrapped(prefix, model)
-        together = wrapper(ids, mask).logits
-        for row, text in enumerate([IDS[0], IDS[1], IDS[2, :5]]):
-            alone = wrapper(text[None]).logits[0]
-            gap = (together[row, -len(text) :] - alone).abs().max()
+        together = wrapper(**LEFT).logits
+        for row, text in enumerate(TEXTS):
+            alone = wrapper(text).logits[0]
+            gap = (together[row, -text.shape[1] :] - alone).abs().max()
             assert gap < 1e-4, f"row {row} moved by {gap:.1e}: are its pads counted?"
+    wrapper = wrapped(prefix, t5)  # its encoder has no prefix and measures distances
+    gap = wrapper(**BATCH, labels=IDS).logits - wrapper(**LEFT, labels=IDS).logits
+    assert gap.abs().max() < 1e-4
+
+
+def test_pads_that_would_be_counted_are_refused(prefix):
+    for model in (bart_decoder, bart):
+        wrapper = wrapped(prefix, model)
+        with refused("counts left pads", wrapper):
+            wrapper(**LEFT)
+    mask = dict(decoder_input_ids=IDS, decoder_attention_mask=LEFT["attention_mask"])
+    with refused("counts left pads"):
+        wrapped(prefix, t5)(**BATCH, **mask)
+    wrapper = wrapped(prefix, mistral)
+    wrapper(IDS, MASK)
+    with refused("window of 7 tokens", wrapper):
+        wrapper(**LEFT)
 
 
 @torch.no_grad()
@@ -214,8 +246,8 @@ def test_t5_reads_every_other_pair_as_peft_does(prefix):
     for layers, read in ((2, [0]), (3, [0, 1, 2]), (4, [0, 2])):
         sizes = dict(d_model=16, d_kv=4, d_ff=16, num_heads=4, num_layers=layers)
         ids = dict(decoder_start_token_id=0, pad_token_id=0)
-        model = T5ForConditionalGeneration(T5Config(vocab_size=40, **sizes, **ids))
-        wrapper = prefix.add(seeded(model), N)
+        config = tf.T5Config(vocab_size=40, **sizes, **ids)
+        wrapper = prefix.add(seeded(tf.T5ForConditionalGeneration(config)), N)
         wrapper(**BATCH, labels=LABELS).loss.backward()
         moves = wrapper.prompt_embeddings.grad.view(N, layers, 2, 16)[:, :, 1].any(2)
         assert moves.any(0).nonzero().flatten().tolist() == read
@@ -225,7 +257,7 @@ def test_t5_reads_every_other_pair_as_peft_does(prefix):
 
 
 def test_it_writes_the_greedy_choice_of_forward(prefix):
-    for model in (llama, gpt2):
+    for model in (llama, gpt2, mistral):
         wrapper = wrapped(prefix, model)
         want = greedy(wrapper, IDS, 6)
         for cached in (True, False):
@@ -244,15 +276,45 @@ def test_beams_find_the_same_with_and_without_a_cache(prefix):
 
 
 def test_rows_padded_on_the_left_write_what_they_write_alone(prefix):
-    ids, mask = padded_left(IDS, MASK)
-    for model in (llama, gpt2):
+    for model in (llama, gpt2, bloom):
         wrapper = wrapped(prefix, model)
-        got = write(wrapper, ids, mask)[:, 8:]
-        texts = [IDS[:1], IDS[1:2], IDS[2:, :5]]
-        alone = [write(wrapper, text)[0, -6:] for text in texts]
-        assert torch.equal(got, torch.cat([a[None] for a in alone])), (
+        got = write(wrapper, *LEFT.values())[:, 8:]
+        alone = [write(wrapper, text)[0, -6:] for text in TEXTS]
+        assert torch.equal(got, torch.stack(alone)), (
             "later steps must count and mask as the first one did"
         )
+
+
+def test_a_text_can_be_read_in_two_parts(prefix):
+    wrapper = wrapped(prefix)
+    want = wrapper(IDS).logits[:, -3:]
+    for name in {CACHE, "past_key_values"}:  # by its old name too
+        cache = {name: tf.DynamicCache()}
+        cache = {name: wrapper(IDS[:, :5], **cache)[CACHE]}
+        got = wrapper(IDS[:, 5:], **cache).logits
+        torch.testing.assert_close(got, want, msg="the cache holds the prefix already")
+
+
+def test_a_cache_that_is_filled_or_static_is_refused(prefix):
+    wrapper = wrapped(prefix)
+    options = dict(return_dict_in_generate=True, past_key_values=tf.DynamicCache())
+    first = write(wrapper, IDS, **options)
+    assert torch.equal(first.sequences, write(wrapper, IDS))
+    for name in {CACHE, "past_key_values"}:
+        with refused("no cache", wrapper):
+            write(wrapper, first.sequences, **{name: first[CACHE]})
+    static = tf.StaticCache(wrapper.config, max_cache_len=64)
+    for options in ({CACHE: static}, dict(cache_implementation="static")):
+        with refused("static cache", wrapper):
+            write(wrapper, IDS, **options)
+
+
+def test_threads_write_what_one_writes(prefix):
+    wrapper = wrapped(prefix)
+    want = write(wrapper, IDS, steps=3)
+    got = from_threads(lambda: write(wrapper, IDS, steps=3))
+    wrong = sum(not torch.equal(each, want) for each in got)
+    assert not wrong, f"{wrong} of 32 are wrong: threads see each other's prefix"
 
 
 def test_the_model_is_as_it_was_after_writing(prefix):
@@ -273,28 +335,54 @@ def test_only_the_prefix_trains(prefix):
         wrapper = wrapped(prefix, hidden=hidden)
         assert trainable(wrapper) == {"prompt_embeddings"} | more
         before = snapshot(wrapper.model)
-        own = [p for p in wrapper.parameters() if p.requires_grad]
-        start, optimizer = [p.detach().clone() for p in own], torch.optim.SGD(own, 0.1)
+        trained = [p for p in wrapper.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in trained]
         wrapper(**BATCH, labels=LABELS).loss.backward()
-        optimizer.step()
-        for p, was in zip(own, start, strict=True):
+        torch.optim.SGD(trained, 0.1).step()
+        for p, was in zip(trained, start, strict=True):
             assert not torch.equal(p, was), "a part of the prefix did not train"
         assert_unchanged(wrapper.model, before)
+
+
+def test_checkpointing_which_drops_the_cache_is_refused(prefix):
+    for model in (llama, t5):
+        wrapper = wrapped(prefix, model)
+        wrapper.model.gradient_checkpointing_enable()
+        want = wrapper(IDS, labels=LABELS).loss  # of no effect while it answers
+        wrapper.train()
+        with refused("checkpointing", wrapper):
+            wrapper(IDS, labels=LABELS)
+        wrapper.model.gradient_checkpointing_disable()
+        assert wrapper(IDS, labels=LABELS).loss.requires_grad and want > 0
 
 
 def test_the_prefix_is_float32_over_a_16_bit_base(prefix):
     for dtype in (torch.bfloat16, torch.float16):
         for hidden in (None, 6):
             wrapper = prefix.add(llama().to(dtype), N, hidden)
-            own = [p for p in wrapper.parameters() if p.requires_grad]
-            assert {p.dtype for p in own} == {torch.float32}
+            trained = [p for p in wrapper.parameters() if p.requires_grad]
+            assert {p.dtype for p in trained} == {torch.float32}
             out = wrapper(**BATCH, labels=LABELS)
             assert out.logits.dtype == dtype, "the model must stay in its precision"
             out.loss.backward()
-            assert all(p.grad.any() for p in own)
+            assert all(p.grad.any() for p in trained)
     for hidden in (None, 6):
         wrapper = prefix.add(llama().double(), N, hidden)
         assert flat_of(prefix, wrapper).dtype == torch.float64
+
+
+def test_transformers_trainer_trains_it_and_saves_it(prefix):
+    row = dict(input_ids=IDS[0], labels=IDS[0], name="dropped")
+    wrapper = wrapped(prefix, gpt2, hidden=6)  # its head is tied to its embeddings
+    shown = inspect.signature(wrapper.forward)
+    assert shown == inspect.signature(wrapper.model.forward), "columns are dropped"
+    with tempfile.TemporaryDirectory() as folder:
+        trains = trainer(wrapper, folder, [row] * 4)
+        before = trains.evaluate().get("eval_loss")
+        assert before, "evaluation finds no labels"
+        trains.train()
+        assert trains.evaluate()["eval_loss"] != before
+        trains.save_model()
 
 
 def test_it_starts_at_a_standard_normal(prefix):
@@ -302,9 +390,8 @@ def test_it_starts_at_a_standard_normal(prefix):
     rows = prefix.add(gpt2(), 50).prompt_embeddings.detach()
     assert abs(rows.mean()) < 0.05 and abs(rows.std() - 1) < 0.05
     torch.manual_seed(3)
-    assert torch.equal(prefix.add(gpt2(), 50).prompt_embeddings, rows), (
-        "the seed decides"
-    )
+    again = prefix.add(gpt2(), 50).prompt_embeddings
+    assert torch.equal(again, rows), "the seed decides"
 
 
 # The laws: the MLP
@@ -334,7 +421,8 @@ def test_folding_changes_no_output_and_leaves_the_flat_tensor(prefix):
 
 def test_the_counts_are_the_papers(prefix):
     with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+        config = tf.GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+        model = tf.GPT2LMHeadModel(config)
     for n, hidden, count in (
         (5, None, 245_760),
         (10, None, 491_520),
@@ -366,9 +454,8 @@ def test_the_state_dict_goes_round(prefix):
     for hidden in (None, 6):  # whether it goes into a flat prefix or an MLP
         one, two = wrapped(prefix, hidden=6), prefix.add(llama(), N, hidden)
         tensors = {n: t.clone() for n, t in prefix.state_dict(one).items()}
-        assert {n: t.shape for n, t in tensors.items()} == {
-            "prompt_embeddings": (N, 32)
-        }
+        shapes = {n: t.shape for n, t in tensors.items()}
+        assert shapes == {"prompt_embeddings": (N, 32)}
         held = two.prompt_embeddings
         prefix.load_state_dict(two, tensors)
         assert torch.equal(one(IDS).logits, two(IDS).logits)
@@ -380,7 +467,7 @@ def test_loading_is_strict(prefix):
     for hidden in (None, 6):
         wrapper = wrapped(prefix, hidden=hidden)
         good = {n: t.clone() + 1 for n, t in prefix.state_dict(wrapper).items()}
-        rows, before = good["prompt_embeddings"], snapshot(wrapper)
+        rows = good["prompt_embeddings"]
         for tensors in (
             {},
             {"prefix": rows},
@@ -390,93 +477,69 @@ def test_loading_is_strict(prefix):
             {"prompt_embeddings": rows[:, :8]},  # P', not what the MLP makes of it
             {"prompt_embeddings": None},
         ):
-            with pytest.raises(ValueError) as error:
+            with refused("", wrapper):
                 prefix.load_state_dict(wrapper, tensors)
-            assert_one_sentence(error)
-            assert_unchanged(wrapper, before)
         prefix.load_state_dict(wrapper, good)
 
 
-def test_a_second_soft_prompt_is_refused(prefix):
-    wrapper, other = wrapped(prefix), prompt.add(llama(), N)
-    for model in (wrapper, nn.Sequential(wrapper), other):
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="already") as error:
+def test_a_second_method_is_refused(prefix):
+    wrapper = wrapped(prefix)
+    others = prompt.add(llama(), N), lora.add(llama(), ["q_proj"])
+    for model in (*others, wrapper, nn.Sequential(wrapper)):
+        with refused("already", model):
             prefix.add(model, N)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
     prefix.add(wrapper.model, N)  # the plain model may have another
+
+
+def test_what_has_no_keys_and_values_of_one_shape_is_refused(prefix):
+    plain = nn.Sequential(nn.Linear(3, 3))
+    encoders = bert(), bert(tf.BertModel)
+    for model in (plain, *encoders, mamba2(), jamba()):
+        with refused("generates by attention", model):
+            prefix.add(model, N)
+    with refused("of one shape", model := deepseek()):
+        prefix.add(model, N)
 
 
 # Bad input: one sentence each, and the model as it was
 
-BAD = {
-    "n=0": dict(n=0),
-    "n=-1": dict(n=-1),
-    "n=2.0": dict(n=2.0),
-    "n=True": dict(n=True),
-    "n='4'": dict(n="4"),
-    "n=None": dict(n=None),
-    "hidden=0": dict(hidden=0),
-    "hidden=-6": dict(hidden=-6),
-    "hidden=6.0": dict(hidden=6.0),
-    "hidden=True": dict(hidden=True),
-    "hidden='6'": dict(hidden="6"),
-}
 
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_sentence_and_changes_nothing(case):
-    model = llama()
-    model.lm_head.requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(ValueError) as error:
-        reference.add(model, **{"n": N, **BAD[case]})
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
-
-
-def test_what_does_not_generate_is_refused():
-    for model in (bert(), bert(BertModel), nn.Sequential(nn.Linear(3, 3))):
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="generates") as error:
-            reference.add(model, N)
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[("n", value) for value in (*BAD_NUMBERS, None)],
+        *[("hidden", value) for value in BAD_NUMBERS],
+    ],
+    ids=lambda value: f"{value!r:.9}",
+)
+def test_bad_input_gets_one_sentence_and_changes_nothing(name, value):
+    add_is_refused(reference, **{name: value})
 
 
 @pytest.mark.parametrize("verb", ["state_dict", "load_state_dict", "fold"])
-def test_the_verbs_say_so_where_there_is_no_prefix(verb):
-    for model in (llama(), prompt.add(llama(), N)):
-        with pytest.raises(ValueError, match="no prefix") as error:
+def test_the_state_is_refused_where_there_is_no_prefix_in_sight(verb):
+    for model, match in (
+        (llama(), "no prefix"),
+        (prompt.add(llama(), N), "no prefix"),
+        (nn.DataParallel(wrapped(reference)), "the plain model"),
+    ):
+        with refused(match):
             getattr(reference, verb)(model, *[{}] * (verb == "load_state_dict"))
-        assert_one_sentence(error)
+    wrapper = reference.add(torch.compile(llama()), N, hidden=6)
+    reference.load_state_dict(torch.compile(wrapper), reference.state_dict(wrapper))
+    assert wrapper.hidden is None and type(wrapper.model) is tf.LlamaForCausalLM
 
 
 def test_no_input_and_two_inputs_are_refused():
     wrapper = wrapped(reference)
     x = wrapper.model.get_input_embeddings()(IDS)
     for inputs in ({}, dict(attention_mask=MASK), dict(input_ids=IDS, inputs_embeds=x)):
-        with pytest.raises(ValueError, match="one of the two") as error:
+        with refused("one of the two"):
             wrapper(**inputs)
-        assert_one_sentence(error)
-
-
-# The kit: training and answering take the wrapper for a model
 
 
 def test_the_kit_trains_it_and_lets_it_answer():
-    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
-    torch.manual_seed(0)
-    wrapper = reference.add(model, 8)
-    records = data.records("dates", "fi", 40)  # new to the model
-    losses = train(wrapper, tokenizer, records, 40, 0.1, 8, progress=False)
-    assert sum(losses[-3:]) < sum(losses[:3]) / 2, f"it does not learn: {losses}"
-    prompts = [r.prompt for r in records[:8]]
-    assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 1, "none is padded"
-    together = measure.answers(wrapper, tokenizer, prompts)
-    alone = [measure.answers(wrapper, tokenizer, [p])[0] for p in prompts]
-    assert together == alone, "pads on the left change what is answered"
+    kit_trains_it(reference)
 
 
 # The oracle: peft
@@ -551,13 +614,9 @@ def test_it_writes_what_pefts_forward_chooses(name, hidden):
         for _ in range(6):
             out = twin(**BATCH, decoder_input_ids=want).logits[:, -1]
             want = torch.cat([want, out.argmax(-1, keepdim=True)], 1)
-        assert torch.equal(write(wrapper, **_mask(BATCH)), want)
+        assert torch.equal(write(wrapper, *BATCH.values()), want)
     else:
         assert torch.equal(write(wrapper, IDS), greedy(twin, IDS, 6))
-
-
-def _mask(batch):
-    return dict(ids=batch["input_ids"], mask=batch["attention_mask"])
 
 
 # prefix.py copied alone, for tests/test_standalone.py
@@ -588,113 +647,155 @@ assert torch.equal(model.model(ids).logits, plain)
 
 READS = test_every_layer_reads_its_keys_and_values_before_the_texts_own
 SIZES = test_the_sizes_are_those_of_the_key_value_heads
+FITS = test_a_key_that_fits_every_query_makes_attention_give_its_value
 RIGHT = test_a_batch_padded_on_the_right_is_masked_and_counted_as_ever
-LEFT = test_a_row_padded_on_the_left_says_what_it_says_alone
+ALONE_LEFT = test_a_row_padded_on_the_left_says_what_it_says_alone
+PADS = test_pads_that_would_be_counted_are_refused
 COUNTS = test_position_ids_start_after_the_prefix
+PASS = test_embeddings_and_labels_pass_through
 T5S = test_the_decoder_of_t5_has_the_prefix_in_its_self_attention
 PAIRS = test_t5_reads_every_other_pair_as_peft_does
 WRITES = test_it_writes_the_greedy_choice_of_forward
+BEAMS = test_beams_find_the_same_with_and_without_a_cache
 PADDED = test_rows_padded_on_the_left_write_what_they_write_alone
+PARTS = test_a_text_can_be_read_in_two_parts
+CACHES = test_a_cache_that_is_filled_or_static_is_refused
+THREADS = test_threads_write_what_one_writes
+AFTER = test_the_model_is_as_it_was_after_writing
 TRAINS = test_only_the_prefix_trains
+CHECKPOINTS = test_checkpointing_which_drops_the_cache_is_refused
 FLOAT = test_the_prefix_is_float32_over_a_16_bit_base
+TRAINER = test_transformers_trainer_trains_it_and_saves_it
+NORMAL = test_it_starts_at_a_standard_normal
 MLP = test_the_mlp_makes_the_keys_and_values
 FOLD = test_folding_changes_no_output_and_leaves_the_flat_tensor
+PAPER = test_the_counts_are_the_papers
+ANSWERS = test_the_wrapper_answers_for_its_model
 ROUND = test_the_state_dict_goes_round
 STRICT = test_loading_is_strict
-UPDATE = "own.update(kv[2 * pair], kv[2 * pair + 1], layer)"
-PAIR = "(1 + config.is_encoder_decoder) * layer % layers"
+SECOND = test_a_second_method_is_refused
+SHAPES = test_what_has_no_keys_and_values_of_one_shape_is_refused
+
+PAIR = "pairs[2 * pair], pairs[2 * pair + 1]"
+WHICH = "2 * layer % layers if twice else layer"
+VIEW = "pairs = pairs.view(self.n, 2 * layers, 1, heads, size)"
+PERMUTE = "pairs = pairs.permute(1, 2, 3, 0, 4)."
+MASKED = "        if mask is not None:\n"
+NO_MASK = (
+    "        if _is_filled(cache) and text.shape[1] == 1:\n            mask = None\n"
+)
+READER = """reader = copy.copy(self.model)
+        reader.forward = forward
+        return reader.generate(*args, **options)"""
+HOOK = """hook = lambda _, args, inputs: (args, self._with_prefix(inputs))
+        with self.model.register_forward_pre_hook(hook, with_kwargs=True):
+            return self.model.generate(*args, **options)"""
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
     "key and value are swapped": (
         READS,
-        {UPDATE: "own.update(kv[2 * pair + 1], kv[2 * pair], layer)"},
+        {PAIR: "pairs[2 * pair + 1], pairs[2 * pair]"},
     ),
-    "all keys come first, then all values": (
+    "keys come first, then values": (
         READS,
-        {UPDATE: "own.update(kv[pair], kv[layers + pair], layer)"},
+        {PAIR: "pairs[pair], pairs[layers + pair]"},
     ),
-    "layers are read from the last to the first": (
-        READS,
-        {PAIR: "layers - 1 - layer"},
-    ),
+    "the last layer reads the first": (READS, {WHICH: "layers - 1 - layer"}),
     "heads and sizes are mixed": (
         READS,
-        {"heads, size).permute(1, 2, 3, 0, 4)": "size, heads).permute(1, 2, 4, 0, 3)"},
+        {"1, heads, size)": "1, size, heads)", "(1, 2, 3, 0, 4)": "(1, 2, 4, 0, 3)"},
     ),
     "tokens and heads are mixed": (
         READS,
         {
-            "view(self.n, 2 * layers, 1, heads, size).permute(1, 2, 3, 0, 4)": "view("
-            "2 * layers, 1, heads, self.n, size)"
+            VIEW: VIEW.replace("(self.n, 2 *", "(2 *").replace(
+                "heads,", "heads, self.n,"
+            ),
+            PERMUTE: "pairs = pairs.",
         },
     ),
     "the prefix is dead": (
         READS,
-        {"self.mlp(self.prompt_embeddings).to": "(0 * self.prompt_embeddings).to"},
+        {"(self.prompt_emb": "(0 * self.prompt_emb"},
     ),
-    "the prefix never gets in": (READS, {"self._filled(cache, len(text))": "cache"}),
-    "as many key-value heads as heads": (
-        SIZES,
-        {'getattr(config, "num_key_value_heads", None) or heads': "heads"},
+    "the prefix never gets in": (
+        READS,
+        {"] = self._filled(cache, len(text))": "] = cache"},
     ),
-    "a head's size is hidden / heads": (
+    "a model of one head for all is guessed": (
         SIZES,
-        {'getattr(config, "head_dim", None) or ': ""},
+        {"return len(layers), heads, size": "return len(layers), 4, size"},
+    ),
+    "a cache that is turned off is not asked": (
+        SIZES,
+        {'["use_cache"] = True': '["use_cache"] = False'},
     ),
     "T5's encoder gives the depth": (
         SIZES,
-        {'getattr(config, "num_decoder_layers", None) or ': ""},
+        {"len(layers), heads": "model.config.num_hidden_layers, heads"},
     ),
-    "the value is the key": (
-        test_a_key_that_fits_every_query_makes_attention_give_its_value,
-        {UPDATE: "own.update(kv[2 * pair], kv[2 * pair], layer)"},
+    "the sizes move the seed": (SIZES, {", torch.random.fork_rng(devices)": ""}),
+    "the value is the key": (FITS, {PAIR: "pairs[2 * pair], pairs[2 * pair]"}),
+    "the prefix is masked": (RIGHT, {"(self.n, 0), value=1": "(self.n, 0), value=0"}),
+    "the mask grows on the wrong side": (
+        RIGHT,
+        {"(self.n, 0), value": "(0, self.n), value"},
     ),
-    "the prefix is masked": (RIGHT, {"(n, 0), value=1": "(n, 0), value=0"}),
-    "the mask grows on the wrong side": (RIGHT, {"(n, 0), value": "(0, n), value"}),
-    "pads on the right are not counted": (RIGHT, {" and not mask[:, 0].all()": ""}),
-    "pads on the left are counted": (LEFT, {"and self._told": "and False"}),
-    "position ids start at 0": (COUNTS, {"at + n": "at"}),
-    "position ids are dropped": (COUNTS, {'inputs.get("position_ids"), ': "None, "}),
-    "labels are dropped": (
-        test_embeddings_and_labels_pass_through,
-        {
-            "self.model(**self._put_in(inputs))": "self.model(**self._put_in("
-            '{k: v for k, v in inputs.items() if k != "labels"}))'
-        },
+    "pads on the right are not counted": (
+        RIGHT,
+        {"self._takes_positions and _has_left_pads(mask)": "self._takes_positions"},
     ),
-    "the encoder's mask grows": (T5S, {'"decoder_" * self': '"" * self'}),
-    "T5 reads pair after pair": (PAIRS, {PAIR: "layer"}),
-    "the prefix is put in at each step": (
+    "left pads are counted": (
+        ALONE_LEFT,
+        {"positions is None and self._takes": "0 and self._takes"},
+    ),
+    "RoBERTa's text is told from 0": (
+        ALONE_LEFT,
+        {" :] + self._first_position": " :]"},
+    ),
+    "BART takes left pads": (
+        PADS,
+        {'_relative = hasattr(model.config, "relative': '_relative = bool("relative'},
+    ),
+    "BART's decoder takes left pads": (PADS, {'model_type == "bloom"': "model_type"}),
+    "T5's decoder takes left pads": (
+        PADS,
+        {'= "decoder_position_ids" in names': "= True"},
+    ),
+    "pads may fill a window": (PADS, {"> self._window:": "> math.inf:"}),
+    "position ids start at 0": (COUNTS, {"positions + self.n": "positions"}),
+    "position ids are dropped": (COUNTS, {"inputs.get(self._positions_name)": "None"}),
+    "labels are dropped": (PASS, {'inputs["labels"] = labels': "pass"}),
+    "the encoder's mask grows": (T5S, {'side = "decoder_" if': 'side = "" if'}),
+    "T5 reads pair after pair": (PAIRS, {WHICH: "layer"}),
+    "the prefix comes at each step": (
         WRITES,
-        {"not (cache and cache.get_seq_length())": "True"},
+        {"if not _is_filled(cache):": "if True:"},
+    ),
+    "a second part has a prefix too": (
+        PARTS,
+        {"if not _is_filled(cache):": "if True:"},
     ),
     "the prefix is lost in writing": (
         WRITES,
-        {"(args, self._put_in(inputs))": "(args, inputs)"},
+        {
+            "self.model.forward(**self._with_prefix(inputs))": "self.model.forward(**inputs)"
+        },
     ),
     "without a cache the last step's is taken": (
         WRITES,
-        {'None if inputs.get("use_cache") is False else ': ""},
+        {'inputs.get("use_cache") is False': "False"},
     ),
-    "beams share one row": (
-        test_beams_find_the_same_with_and_without_a_cache,
-        {"expand(-1, rows,": "expand(-1, 3,"},
-    ),
-    "later steps do not mask the pads": (
-        PADDED,
-        {
-            "        if mask is not None:": "        if not begins:\n"
-            "            inputs[which] = mask = None\n"
-            "        if mask is not None:"
-        },
-    ),
-    "the hook stays on the model": (
-        test_the_model_is_as_it_was_after_writing,
-        {
-            "        with self.model.register_forward_pre_hook(": "        if"
-            " self.model.register_forward_pre_hook("
-        },
+    "beams share one row": (BEAMS, {"expand(-1, rows,": "expand(-1, 3,"}),
+    "later steps do not mask the pads": (PADDED, {MASKED: NO_MASK + MASKED}),
+    "a filled cache passes": (CACHES, {"if _is_filled(_cache(options)):": "if False:"}),
+    "a static cache passes": (CACHES, {'"max_cache_len"': '"no_such_thing"'}),
+    "threads share a hook": (THREADS, {READER: HOOK}),
+    "the model's forward is replaced": (AFTER, {"copy.copy(self.model)": "self.model"}),
+    "a hook stays on the model": (
+        AFTER,
+        {READER: HOOK.replace("with self", "if self")},
     ),
     "the base trains along": (
         TRAINS,
@@ -704,30 +805,31 @@ MUTATIONS = {
         TRAINS,
         {"nn.Parameter(start)": "nn.Parameter(start, False)"},
     ),
+    "checkpointing passes": (
+        CHECKPOINTS,
+        {'"gradient_checkpointing", False': '"no_such", False'},
+    ),
     "the prefix is in the base's 16 bits": (
         FLOAT,
-        {"torch.promote_types(model.dtype, torch.float32)": "model.dtype"},
+        {"(model.dtype, torch.float32)": "(model.dtype, model.dtype)"},
     ),
     "the model is drawn into float32": (FLOAT, {".to(self.model.dtype)": ""}),
-    "it starts at a uniform": (
-        test_it_starts_at_a_standard_normal,
-        {"torch.randn(n,": "torch.rand(n,"},
+    "Trainer takes all columns": (TRAINER, {"    @ModelSignature\n": ""}),
+    "Trainer finds no labels": (
+        TRAINER,
+        {" labels=None,": "", "if labels is not None": "if False"},
     ),
+    "tied weights share memory": (
+        TRAINER,
+        {"t.clone() if storage in storages": "t if 1"},
+    ),
+    "it starts at a uniform": (NORMAL, {"torch.randn(n,": "torch.rand(n,"}),
     "the MLP has no tanh": (MLP, {"nn.Tanh()": "nn.Identity()"}),
     "the MLP has a ReLU": (MLP, {"nn.Tanh()": "nn.ReLU()"}),
-    "folding leaves the MLP": (FOLD, {"wrapper.mlp = nn.Sequential()": "pass"}),
-    "folding a flat prefix makes a new parameter": (
-        FOLD,
-        {"if wrapper.hidden:": "if True:"},
-    ),
-    "the prefix has no values": (
-        test_the_counts_are_the_papers,
-        {"2 * layers * heads * size": "layers * heads * size"},
-    ),
-    "the wrapper forgets the mode": (
-        test_the_wrapper_answers_for_its_model,
-        {"= sizes, model.training, []": "= sizes, True, []"},
-    ),
+    "folding leaves the MLP": (FOLD, {"plain.mlp = nn.Sequential()": "pass"}),
+    "folding a flat prefix makes a new one": (FOLD, {"if plain.hidden:": "if True:"}),
+    "the prefix has no values": (PAPER, {"2 * layers * kv": "layers * kv"}),
+    "the wrapper forgets the mode": (ANSWERS, {"= model.training": "= True"}),
     "what is saved is not folded": (
         ROUND,
         {"wrapper.mlp(wrapper.prompt_embeddings)": "wrapper.prompt_embeddings"},
@@ -736,16 +838,14 @@ MUTATIONS = {
         ROUND,
         {"state_dict(fold(wrapper))": "state_dict(wrapper)"},
     ),
-    "loading is not strict": (
+    "loading is not strict": (STRICT, {"or got != want": "or want is None"}),
+    "loading lets the unexpected pass": (STRICT, {" | tensors.keys()": ""}),
+    "it is folded before it is checked": (
         STRICT,
-        {"if got != want or name not in own:": "if name not in tensors:"},
+        {"_load(state_dict(wrapper), tensors)": "fold(wrapper)"},
     ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"own.keys() | tensors.keys()": "own.keys()"},
-    ),
-    "a prefix goes on a prompt": (
-        test_a_second_soft_prompt_is_refused,
-        {'in ("PromptModel", "PrefixModel")': 'in ("PrefixModel",)'},
-    ),
+    "a prefix goes on a prefix": (SECOND, {'peft_method = "prefix"': "pass"}),
+    "a prefix goes on a prompt": (SECOND, {"_refuse_carried(model)\n": "model\n"}),
+    "states beside keys pass": (SHAPES, {"not kinds <=": "kinds <"}),
+    "keys wider than values pass": (SHAPES, {"len(shapes) > 1 or": "False or"}),
 }

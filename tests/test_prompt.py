@@ -603,14 +603,21 @@ def test_the_state_is_refused_where_there_is_no_prompt_in_sight(verb):
     wrapper = wrapped(reference)
     for model, match in (
         (llama(), "no prompt"),
-        (torch.compile(wrapper), "_orig_mod"),
         (nn.DataParallel(wrapper), "module"),
     ):
         with refused(match):
             getattr(reference, verb)(model, *[{}] * (verb == "load_state_dict"))
-    for model in (torch.compile(llama()), nn.DataParallel(llama()), None):
+    for model in (nn.DataParallel(llama()), None):
         with refused("must be an nn.Module|the plain model"):
             reference.add(model, N)
+
+
+def test_a_compiled_model_is_taken_for_the_plain_one():
+    plain = llama()
+    wrapper = reference.add(torch.compile(plain), N)
+    assert wrapper.model is plain
+    tensors = reference.state_dict(torch.compile(wrapper))
+    assert tensors["prompt_embeddings"].shape == (N, 32)
 
 
 def test_no_input_and_two_inputs_are_refused():
