@@ -19,11 +19,8 @@ peft's LNTuning). No module is wrapped: `merge` just ends the training. peft has
 BitFit. The paper also trains the task's new head; that is yours to unfreeze.
 """
 
-import inspect
-import re
 import warnings
 
-import torch
 from torch import nn
 
 from . import surgery
@@ -64,8 +61,10 @@ def add(model, create=False, targets=None):
         path = next(p for p, m in plain.named_modules() if m is bare[0])
         raise ValueError(f"{path} has no bias: create=True would make one, zero")
 
-    idle = _unread(plain, bare)
-    idle |= _computed(plain, "bias", plain.modules() if targets is None else linears)
+    idle = surgery.unread(plain, bare)
+    idle |= surgery.computed(
+        plain, "bias", plain.modules() if targets is None else linears
+    )
     _leave_out(idle, refuse=isinstance(targets, list | tuple | set))
     linears = [m for m in linears if m not in idle]
     bare = [m for m in bare if m not in idle]
@@ -73,7 +72,7 @@ def add(model, create=False, targets=None):
         raise ValueError("the model has no biases: create=True would make them, zero")
 
     for m in bare:
-        m.bias = nn.Parameter(_zeros(m))
+        m.bias = nn.Parameter(surgery.zeros(m))
     chosen = _biases(plain) if targets is None else [m.bias for m in linears]
     _train(plain, chosen)
     return model
@@ -98,7 +97,9 @@ def add_norms(model):
     norms = [m for m in plain.modules() if "Norm" in type(m).__name__]
     norms = [m for m in norms if surgery.shape(m) is None]
 
-    idle = _computed(plain, "weight", norms) | _computed(plain, "bias", norms)
+    idle = surgery.computed(plain, "weight", norms) | surgery.computed(
+        plain, "bias", norms
+    )
     _leave_out(idle)
     norms = [m for m in norms if m not in idle]
     chosen = [p for m in norms for p in m.parameters(recurse=False)]
@@ -183,16 +184,6 @@ def _biases(model):
     return [p for p in named if p.is_floating_point() or p.is_complex()]
 
 
-def _zeros(layer):
-    """A bias to begin with, (out,)."""
-    W = layer.weight
-    dtype = torch.float32 if surgery.is_packed(W) else W.dtype
-    return torch.zeros(surgery.shape(layer)[0], dtype=dtype, device=W.device)
-
-
-# Biases that would train nothing
-
-
 def _leave_out(idle, refuse=False):
     """Warn of the layers of {layer: sentence}, or refuse the first of them."""
     for sentence in idle.values():
@@ -200,50 +191,3 @@ def _leave_out(idle, refuse=False):
             raise ValueError(f"{sentence}: it would train nothing")
     if idle:
         warnings.warn(f"BitFit leaves out: {'; '.join(idle.values())}", stacklevel=3)
-
-
-def _computed(model, name, layers):
-    """{layer: sentence} where pruning or a norm computes the bias or weight anew."""
-    idle = {}
-    layers = set(layers)
-    for path, m in model.named_modules():
-        t = getattr(m, name, None) if m in layers else None
-        plain = isinstance(t, nn.Parameter)
-        if torch.is_tensor(t) and t.is_floating_point() and not plain:
-            idle[m] = f"{path}.{name} is computed, or a buffer"
-    return idle
-
-
-def _unread(model, layers):
-    """{layer: sentence} where a new bias would not be added."""
-    idle = {}
-    for parent_path, parent in model.named_modules():
-        for name, m in parent._modules.items():
-            if m in layers and not (_adds(m) and _reads(type(parent), name)):
-                idle[m] = f"{parent_path}.{name} would not add its bias".lstrip(".")
-    return idle
-
-
-def _adds(layer):
-    """Whether a layer adds a bias that is no zero: a forward of its own may not."""
-    layer.bias = nn.Parameter(_zeros(layer) + 1)
-    try:
-        return surgery.is_plain(layer)
-    finally:
-        layer.bias = None
-
-
-def _reads(kind, name):
-    """Whether a parent of this class calls its layer `name`, or reads its bias.
-
-    Mamba's kernel on a GPU and MobileBERT's head are given the weight alone. T5 asks
-    for the weight's dtype, and whether it is a tensor at all.
-    """
-    try:
-        methods = [getattr(kind, attr) for attr in dir(kind) if "forward" in attr]
-        source = "".join(map(inspect.getsource, methods))
-    except (OSError, TypeError):  # there is no text of it
-        return True
-    asked = r"\b(?!\.dtype|\.device|\.shape|, torch\.Tensor)"
-    weight_alone = re.search(rf"self\.{name}\.weight{asked}", source)
-    return not weight_alone or f"self.{name}.bias" in source

@@ -9,6 +9,8 @@ A method that needs this file can be had as one file that does not: its page in 
 offers it for download, and `python tools/standalone.py lora` writes it.
 """
 
+import inspect
+import re
 import warnings
 
 import torch
@@ -125,7 +127,7 @@ def select(model, targets):
 
     if not isinstance(targets, list | tuple | set) or not targets:
         what = 'targets: a list of names or "all-linear"'
-        raise ValueError(f"{what}, not {targets!r:.60}")
+        raise ValueError(f"{what}, not {shown(targets)}")
     matches = path_is if isinstance(targets, Exactly) else ends_in
     lost = [t for t in targets if not any(matches(p, t) for p in linears)]
     if lost:
@@ -175,6 +177,63 @@ def refuse_fused_experts(model):
     if fused:
         share = f"{fused / sum(sizes.values()):.0%} of the weights"
         raise ValueError(f"all-linear misses {share}, fused in 3-D expert tensors")
+
+
+# Biases that would train nothing
+
+
+def zeros(layer):
+    """A bias to begin with, (out,)."""
+    W = layer.weight
+    dtype = torch.float32 if is_packed(W) else W.dtype
+    return torch.zeros(shape(layer)[0], dtype=dtype, device=W.device)
+
+
+def computed(model, name, layers):
+    """{layer: sentence} where pruning or a norm computes the bias or weight anew."""
+    idle = {}
+    layers = set(layers)
+    for path, m in model.named_modules():
+        t = getattr(m, name, None) if m in layers else None
+        plain = isinstance(t, nn.Parameter)
+        if torch.is_tensor(t) and t.is_floating_point() and not plain:
+            idle[m] = f"{path}.{name} is computed, or a buffer"
+    return idle
+
+
+def unread(model, layers):
+    """{layer: sentence} where a new bias would not be added."""
+    idle = {}
+    for parent_path, parent in model.named_modules():
+        for name, m in parent._modules.items():
+            if m in layers and not (adds(m) and reads(type(parent), name)):
+                idle[m] = f"{parent_path}.{name} would not add its bias".lstrip(".")
+    return idle
+
+
+def adds(layer):
+    """Whether a layer adds a bias that is no zero: a forward of its own may not."""
+    layer.bias = nn.Parameter(zeros(layer) + 1)
+    try:
+        return is_plain(layer)
+    finally:
+        layer.bias = None
+
+
+def reads(kind, name):
+    """Whether a parent of this class calls its layer `name`, or reads its bias.
+
+    Mamba's kernel on a GPU and MobileBERT's head are given the weight alone. T5 asks
+    for the weight's dtype, and whether it is a tensor at all.
+    """
+    try:
+        methods = [getattr(kind, attr) for attr in dir(kind) if "forward" in attr]
+        source = "".join(map(inspect.getsource, methods))
+    except (OSError, TypeError):  # there is no text of it
+        return True
+    asked = r"\b(?!\.dtype|\.device|\.shape|, torch\.Tensor)"
+    weight_alone = re.search(rf"self\.{name}\.weight{asked}", source)
+    return not weight_alone or f"self.{name}.bias" in source
 
 
 # In and out
@@ -299,39 +358,48 @@ def check_fits(name, t, dtype):
         raise ValueError(f"{name} would be NaN or infinite in {dtype}")
 
 
+def shown(value):
+    """A value in a message: on one line, and not all of a long one."""
+    return " ".join(repr(value).split())[:60]
+
+
+def is_number(value):
+    return type(value) is int or isinstance(value, float)
+
+
 def check_whole(what, value, least, below=2**31):
     if type(value) is not int or not least <= value < below:
         raise ValueError(
-            f"{what} must be a whole number of at least {least}, not {value!r:.60}"
+            f"{what} must be a whole number of at least {least}, not {shown(value)}"
         )
 
 
 def check_positive(what, value):
-    if type(value) not in (int, float) or not 0 < value < 1e300:
-        raise ValueError(f"{what} must be a positive number, not {value!r:.60}")
+    if not is_number(value) or not 0 < value < 1e300:
+        raise ValueError(f"{what} must be a positive number, not {shown(value)}")
 
 
 def check_fraction(what, value):
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ValueError(f"{what} must be at least 0 and below 1, not {value!r:.60}")
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{what} must be at least 0 and below 1, not {shown(value)}")
 
 
 def check_one_of(what, value, choices):
     if value not in choices:
         names = ", ".join(choices)
-        raise ValueError(f"{what} must be one of {names}, not {value!r:.60}")
+        raise ValueError(f"{what} must be one of {names}, not {shown(value)}")
 
 
 def check_flag(what, value):
     if type(value) is not bool:
-        raise ValueError(f"{what} must be True or False, not {value!r:.60}")
+        raise ValueError(f"{what} must be True or False, not {shown(value)}")
 
 
 def refuse_containers(model):
     """ValueError for what is no module, and for a model that torch.compile or a
     parallel wrapper holds, in part too: names are others there, copies drift apart."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the model must be an nn.Module, not {model!r:.60}")
+        raise ValueError(f"the model must be an nn.Module, not {shown(model)}")
     for path, m in model.named_modules():
         for kind in type(m).__mro__:
             if kind.__name__ in CONTAINERS:
