@@ -417,16 +417,15 @@ def test_a_70b_model_takes_no_memory_here():
     found = []
 
     def work():
-        found.append(memory.step("llama-2-70b", batch=4, checkpointing=True))
+        found.append(memory.step("llama-2-70b", "full", checkpointing=True))
 
     assert measure.peak_memory(work) < 1e7 or torch.cuda.is_available()
-    stored = LARGE["llama-2-70b.lora.4"]
-    assert found[0] == stored, "run `python -m experiments.sweeps.memory`"
-    assert found[0]["total"] > 138e9
+    assert found[0] == LARGE["llama-2-70b.full.1"]
+    assert found[0]["total"] > 1.1e12
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-2-7b.full.4", "llama-2-13b.full.1", "llama-2-7b.qlora.4"]
+    "name", ["llama-2-7b.full.4", "llama-2-70b.lora.4", "llama-2-7b.qlora.4"]
 )
 def test_a_stored_large_model_is_what_smaller_ones_of_its_kind_add_up_to(name):
     """All layers are alike: a line through three and four of them."""
@@ -441,7 +440,8 @@ def test_a_stored_large_model_is_what_smaller_ones_of_its_kind_add_up_to(name):
     more = memory.load(config).num_hidden_layers - 3
     parts = [*PARTS, "trainable", "parameters"]
     want = {part: three[part] + more * (four[part] - three[part]) for part in parts}
-    assert want == {part: LARGE[name][part] for part in parts}
+    stored = {part: LARGE[name][part] for part in parts}
+    assert want == stored, "run `python -m experiments.sweeps.memory`"
 
 
 CELLS = ["width 256.full", "width 256.lora.checkpointing", "width 256.qlora"]
@@ -718,10 +718,12 @@ def test_sizes_inside_and_of_a_config_object_are_checked_too(tmp_path):
             memory.step(config)
 
 
-def test_every_type_that_transformers_has_passes_with_its_defaults():
-    for kind in ("llama", "gpt2", "t5", "bert", "deberta-v2", "mamba2", "falcon", "cvt",
-                 "gemma3n", "llava", "clap", "nllb-moe", "doge", "lxmert"):  # fmt: skip
-        memory.load(CONFIG_MAPPING[kind]())
+KINDS = "llama gpt2 t5 bert mamba2 falcon cvt gemma3n llava clap nllb-moe doge lxmert"
+
+
+@pytest.mark.parametrize("kind", KINDS.split())
+def test_no_published_config_is_refused_for_its_sizes(kind):
+    memory.load(CONFIG_MAPPING[kind]())
 
 
 @pytest.mark.parametrize("inside", [False, True])

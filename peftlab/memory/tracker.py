@@ -71,7 +71,8 @@ class Tracker(TorchDispatchMode):
         name = operation.overloadpacket
         if name in ANSWERS:
             result.answer = ANSWERS[name]
-        self.enter(tree_leaves(result))
+        single = isinstance(result, torch.Tensor)  # nearly always, and it is quicker
+        self.enter([result] if single else tree_leaves(result))
 
         # In the backward pass autograd adds a second gradient to the first in place, if
         # that is no view, and what was picked out to zeros. Where it is watched it does
