@@ -9,7 +9,7 @@ from torch import multiprocessing
 from tqdm import tqdm
 
 from peftlab import lora
-from peftlab.kit import data, measure, results, base_models
+from peftlab.kit import base_models, data, measure, results
 from peftlab.kit.results import share, where
 from peftlab.kit.train import train
 

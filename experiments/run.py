@@ -1,6 +1,6 @@
 """The long sweeps, one after the other: `make results` (three hours on two cores).
 
-`make results ONLY=finnish` runs one. The benches have a verb of their own, `make bench`.
+`make results ONLY=finnish` runs one. The benches are `make bench`.
 """
 
 import importlib
@@ -23,7 +23,9 @@ def main(names):
     """Run the named sweeps; with no name, all. ValueError for an unknown name."""
     unknown = [name for name in names if name not in SWEEPS]
     if unknown:
-        raise ValueError(f"no sweep is named {unknown[0]}; there are: {', '.join(SWEEPS)}")
+        raise ValueError(
+            f"no sweep is named {unknown[0]}; there are: {', '.join(SWEEPS)}"
+        )
 
     for name in names or SWEEPS:
         importlib.import_module(f"experiments.sweeps.{name}").main()

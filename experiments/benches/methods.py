@@ -22,15 +22,15 @@ from peftlab import (
     bitfit,
     dora,
     ia3,
-    peft_files,
     lora,
     lora_plus,
+    peft_files,
     pissa,
     prefix,
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, plot, results, base_models
+from peftlab.kit import base_models, data, measure, plot, results
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
 

@@ -22,7 +22,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
-from experiments.benches.methods import ALL, RATE, REPEATS, TASK, llama, optimizer, spread, step
+from experiments.benches.methods import (
+    ALL,
+    RATE,
+    REPEATS,
+    TASK,
+    llama,
+    optimizer,
+    spread,
+    step,
+)
 from peftlab import adam8bit, int8, nf4, qlora
 from peftlab.kit import measure, plot, results
 from tools.figures import refresh_pages, save_picture

@@ -27,7 +27,7 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import data, measure, plot, base_models
+from peftlab.kit import base_models, data, measure, plot
 from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture

@@ -8,7 +8,7 @@ minutes on two cores."""
 import torch
 
 from experiments.common import best_rate, scores, share, store, sweep, tune
-from peftlab.kit import measure, base_models
+from peftlab.kit import base_models, measure
 from peftlab.kit.data import records
 
 RATES = {

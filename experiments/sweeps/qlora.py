@@ -12,7 +12,7 @@ import torch
 
 from experiments.common import BASES, records, store, sweep
 from peftlab import int8, lora, nf4, qlora, surgery
-from peftlab.kit import measure, plot, base_models
+from peftlab.kit import base_models, measure, plot
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
 from tools.figures import refresh_pages, save_picture
@@ -113,7 +113,9 @@ def rounding():
     """{key: number}: bits a weight from real bytes, and RMS errors over the RMS of the
     weights, of tiny-decoder's linears and of normal numbers; how often these have the
     values at NF4's zero and ends, and where those ends lie."""
-    plain = surgery.select(base_models.load("tiny-decoder", device="cpu")[0], "all-linear")
+    plain = surgery.select(
+        base_models.load("tiny-decoder", device="cpu")[0], "all-linear"
+    )
     own = [m.weight.detach() for m in plain]
     dice = torch.Generator().manual_seed(0)
     sets = dict(model=own, normal=[torch.randn(2**20, generator=dice)])
