@@ -684,6 +684,7 @@ MASKED = "        if mask is not None:\n"
 NO_MASK = (
     "        if _is_filled(cache) and text.shape[1] == 1:\n            mask = None\n"
 )
+IN = "self.model.forward(**self._with_prefix(inputs))"
 READER = """reader = copy.copy(self.model)
         reader.forward = forward
         return reader.generate(*args, **options)"""
@@ -693,14 +694,8 @@ HOOK = """hook = lambda _, args, inputs: (args, self._with_prefix(inputs))
 
 # {what is broken: (the law that goes red, {text: text in its place})}
 MUTATIONS = {
-    "key and value are swapped": (
-        READS,
-        {PAIR: "pairs[2 * pair + 1], pairs[2 * pair]"},
-    ),
-    "keys come first, then values": (
-        READS,
-        {PAIR: "pairs[pair], pairs[layers + pair]"},
-    ),
+    "keys are values": (READS, {PAIR: "pairs[2 * pair + 1], pairs[2 * pair]"}),
+    "all keys come first": (READS, {PAIR: "pairs[pair], pairs[layers + pair]"}),
     "the last layer reads the first": (READS, {WHICH: "layers - 1 - layer"}),
     "heads and sizes are mixed": (
         READS,
@@ -715,103 +710,64 @@ MUTATIONS = {
             PERMUTE: "pairs = pairs.",
         },
     ),
-    "the prefix is dead": (
-        READS,
-        {"(self.prompt_emb": "(0 * self.prompt_emb"},
-    ),
+    "the prefix is dead": (READS, {"(self.prompt_emb": "(0 * self.prompt_emb"}),
     "the prefix never gets in": (
         READS,
-        {"] = self._filled(cache, len(text))": "] = cache"},
+        {"= self._filled(cache, len(text))": "= cache"},
     ),
-    "a model of one head for all is guessed": (
+    "one head is taken for four": (
         SIZES,
-        {"return len(layers), heads, size": "return len(layers), 4, size"},
+        {"(layers), heads, size": "(layers), 4, size"},
     ),
-    "a cache that is turned off is not asked": (
-        SIZES,
-        {'["use_cache"] = True': '["use_cache"] = False'},
-    ),
+    "a cache stays off": (SIZES, {'["use_cache"] = True': '["use_cache"] = False'}),
     "T5's encoder gives the depth": (
         SIZES,
-        {"len(layers), heads": "model.config.num_hidden_layers, heads"},
+        {"len(layers), h": "model.config.num_hidden_layers, h"},
     ),
     "the sizes move the seed": (SIZES, {", torch.random.fork_rng(devices)": ""}),
     "the value is the key": (FITS, {PAIR: "pairs[2 * pair], pairs[2 * pair]"}),
     "the prefix is masked": (RIGHT, {"(self.n, 0), value=1": "(self.n, 0), value=0"}),
-    "the mask grows on the wrong side": (
+    "the mask grows behind": (RIGHT, {"(self.n, 0), value": "(0, self.n), value"}),
+    "right pads are not counted": (
         RIGHT,
-        {"(self.n, 0), value": "(0, self.n), value"},
+        {" and _has_left_pads(mask):\n    ": ":\n    "},
     ),
-    "pads on the right are not counted": (
-        RIGHT,
-        {"self._takes_positions and _has_left_pads(mask)": "self._takes_positions"},
-    ),
-    "left pads are counted": (
-        ALONE_LEFT,
-        {"positions is None and self._takes": "0 and self._takes"},
-    ),
-    "RoBERTa's text is told from 0": (
-        ALONE_LEFT,
-        {" :] + self._first_position": " :]"},
-    ),
-    "BART takes left pads": (
-        PADS,
-        {'_relative = hasattr(model.config, "relative': '_relative = bool("relative'},
-    ),
+    "left pads are counted": (ALONE_LEFT, {"if positions is None and": "if 0 and"}),
+    "RoBERTa is told from 0": (ALONE_LEFT, {" :] + self._first_position": " :]"}),
+    "BART takes left pads": (PADS, {"hasattr(model.config, ": "bool("}),
     "BART's decoder takes left pads": (PADS, {'model_type == "bloom"': "model_type"}),
-    "T5's decoder takes left pads": (
-        PADS,
-        {'= "decoder_position_ids" in names': "= True"},
-    ),
+    "T5's decoder takes them": (PADS, {'= "decoder_position_ids" in names': "= True"}),
     "pads may fill a window": (PADS, {"> self._window:": "> math.inf:"}),
     "position ids start at 0": (COUNTS, {"positions + self.n": "positions"}),
     "position ids are dropped": (COUNTS, {"inputs.get(self._positions_name)": "None"}),
     "labels are dropped": (PASS, {'inputs["labels"] = labels': "pass"}),
     "the encoder's mask grows": (T5S, {'side = "decoder_" if': 'side = "" if'}),
     "T5 reads pair after pair": (PAIRS, {WHICH: "layer"}),
-    "the prefix comes at each step": (
-        WRITES,
-        {"if not _is_filled(cache):": "if True:"},
-    ),
-    "a second part has a prefix too": (
-        PARTS,
-        {"if not _is_filled(cache):": "if True:"},
-    ),
+    "it comes at each step": (WRITES, {"if not _is_filled(cache):": "if True:"}),
+    "a second part has it too": (PARTS, {"if not _is_filled(cache):": "if True:"}),
     "the prefix is lost in writing": (
         WRITES,
         {
             "self.model.forward(**self._with_prefix(inputs))": "self.model.forward(**inputs)"
         },
     ),
-    "without a cache the last step's is taken": (
-        WRITES,
-        {'inputs.get("use_cache") is False': "False"},
-    ),
+    "the last step's is taken": (WRITES, {'inputs.get("use_cache") is False': "False"}),
     "beams share one row": (BEAMS, {"expand(-1, rows,": "expand(-1, 3,"}),
     "later steps do not mask the pads": (PADDED, {MASKED: NO_MASK + MASKED}),
     "a filled cache passes": (CACHES, {"if _is_filled(_cache(options)):": "if False:"}),
     "a static cache passes": (CACHES, {'"max_cache_len"': '"no_such_thing"'}),
     "threads share a hook": (THREADS, {READER: HOOK}),
     "the model's forward is replaced": (AFTER, {"copy.copy(self.model)": "self.model"}),
-    "a hook stays on the model": (
-        AFTER,
-        {READER: HOOK.replace("with self", "if self")},
-    ),
-    "the base trains along": (
-        TRAINS,
-        {"requires_grad_(False)": "requires_grad_(True)"},
-    ),
+    "a hook stays": (AFTER, {READER: HOOK.replace("with self", "if self")}),
+    "the base trains along": (TRAINS, {"grad_(False)": "grad_(True)"}),
     "the prefix is frozen too": (
         TRAINS,
-        {"nn.Parameter(start)": "nn.Parameter(start, False)"},
+        {"Parameter(start)": "Parameter(start, False)"},
     ),
-    "checkpointing passes": (
-        CHECKPOINTS,
-        {'"gradient_checkpointing", False': '"no_such", False'},
-    ),
-    "the prefix is in the base's 16 bits": (
+    "checkpointing passes": (CHECKPOINTS, {'"gradient_checkpointing", ': '"a", '}),
+    "the prefix is in 16 bits": (
         FLOAT,
-        {"(model.dtype, torch.float32)": "(model.dtype, model.dtype)"},
+        {"l.dtype, torch.float32": "l.dtype, model.dtype"},
     ),
     "the model is drawn into float32": (FLOAT, {".to(self.model.dtype)": ""}),
     "Trainer takes all columns": (TRAINER, {"    @ModelSignature\n": ""}),
@@ -821,7 +777,7 @@ MUTATIONS = {
     ),
     "tied weights share memory": (
         TRAINER,
-        {"t.clone() if storage in storages": "t if 1"},
+        {".clone() if storage in": " if storage in"},
     ),
     "it starts at a uniform": (NORMAL, {"torch.randn(n,": "torch.rand(n,"}),
     "the MLP has no tanh": (MLP, {"nn.Tanh()": "nn.Identity()"}),
@@ -834,13 +790,10 @@ MUTATIONS = {
         ROUND,
         {"wrapper.mlp(wrapper.prompt_embeddings)": "wrapper.prompt_embeddings"},
     ),
-    "loading does not fold": (
-        ROUND,
-        {"state_dict(fold(wrapper))": "state_dict(wrapper)"},
-    ),
+    "loading does not fold": (ROUND, {"(fold(wrapper))": "(wrapper)"}),
     "loading is not strict": (STRICT, {"or got != want": "or want is None"}),
     "loading lets the unexpected pass": (STRICT, {" | tensors.keys()": ""}),
-    "it is folded before it is checked": (
+    "it folds before it checks": (
         STRICT,
         {"_load(state_dict(wrapper), tensors)": "fold(wrapper)"},
     ),
