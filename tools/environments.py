@@ -3,11 +3,13 @@
     .venv-colab/bin/python tools/environments.py         all of them: `make colab`
     .venv-newest/bin/python tools/environments.py 05     those whose name begins so
 
-Each chapter runs in an empty folder, its hidden install cell included. That cell installs
-the package from this checkout, uncommitted changes too, instead of GitHub. Nothing is
-stored, and no output is compared. A chapter fails where a cell raises or writes to stderr,
-and where pip prints an error or replaces a package that was there."""
+Each chapter runs in an empty folder, its hidden install cell included. That cell
+installs the package from this checkout, uncommitted changes too, instead of GitHub.
+Nothing is stored, and no output is compared. A chapter fails where a cell raises or
+writes to stderr, and where pip prints an error or replaces a package that was there."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).parents[1]
 ADDRESS = "git+https://github.com/"  # then owner/name and the closing quote
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else each kernel prints a warning
 
 
 def pretend_colab():
@@ -81,7 +85,7 @@ def complaints(book, install):
 
 def run(path, source):
     """Run one chapter alone; returns what is wrong with it, a list of lines."""
-    subprocess.run([*PIP, "uninstall", "--quiet", "--yes", "peftlab"], check=True)
+    subprocess.run([*PIP, "uninstall", "-qq", "--yes", "peftlab"], check=True)
     before = installed()
     book = nbformat.read(path, as_version=4)
     install = prepare(book, source)
@@ -97,7 +101,7 @@ def run(path, source):
         try:
             client.execute()
         except CellExecutionError as error:
-            wrong.append(str(error)[-2000:])
+            wrong.append(COLORS.sub("", str(error))[-2000:])
 
     after = installed()
     replaced = {name for name in before if after.get(name) != before[name]}

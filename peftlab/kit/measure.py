@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -165,14 +166,20 @@ def peak_memory(work):
 
 @contextlib.contextmanager
 def _no_stderr():
-    """The profiler logs to file descriptor 2, and a notebook would store that."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """The profiler logs to file descriptor 2, and a notebook would store that.
+
+    torch 2.11 warns too that the profiler clears its events with each cycle: here there
+    is one."""
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 
