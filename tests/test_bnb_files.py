@@ -26,7 +26,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from peftlab import peft_files, lora, nf4, qlora, surgery
+from peftlab import bnb_files, lora, nf4, peft_files, qlora, surgery
 from peftlab.kit import base_models
 
 FULL = torch.float32  # to compute in, so that comparisons are exact
@@ -151,15 +151,18 @@ def test_a_gpt2_is_its_linears_again_after_a_16_bit_merge():
     assert kinds == [type(m) for m in gpt2().modules()]
 
 
+def four_bits(nested, **more):
+    settings = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", **more)
+    settings |= dict(bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=FULL)
+    return BitsAndBytesConfig(**settings)
+
+
 def checkpoint(folder, tensors, nested):
     """A 4-bit checkpoint as transformers saves them: the config says what it is."""
-    config = json.loads((base_models.MODELS / "tiny-decoder" / "config.json").read_text())
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=FULL,
+    config = json.loads(
+        (base_models.MODELS / "tiny-decoder" / "config.json").read_text()
     )
+    settings = four_bits(nested)
     config |= dict(quantization_config=settings.to_dict(), dtype="float32")
     (folder / "config.json").write_text(json.dumps(config, default=str))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -191,13 +194,7 @@ def test_transformers_loads_a_classifier_whose_head_is_named(tmp_path):
     model = qlora.add(BertForSequenceClassification(config), compute_dtype=FULL).eval()
     assert type(model.classifier) is nn.Linear
     tensors = bnb_files.packed_state_dict(model)
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=FULL,
-        llm_int8_skip_modules=["classifier"],
-    )
+    settings = four_bits(True, llm_int8_skip_modules=["classifier"])
     config.quantization_config, config.dtype = settings.to_dict(), "float32"
     config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
@@ -213,12 +210,7 @@ def test_transformers_loads_a_classifier_whose_head_is_named(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_we_load_the_file_that_transformers_writes(tmp_path, nested):
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=FULL,
-    )
+    settings = four_bits(nested)
     folder = base_models.MODELS / "tiny-decoder"
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=settings, device_map="cpu", dtype=FULL
@@ -243,8 +235,17 @@ def packed_twin():
     return bnb_files.packed_state_dict(nn.Sequential(pack(linear(), nested=True)))
 
 
-def single():
-    return bnb_files.packed_state_dict(nn.Sequential(pack(linear(), nested=False)))
+def single(**entries):
+    tensors = bnb_files.packed_state_dict(nn.Sequential(pack(linear(), nested=False)))
+    return tensors | {f"0.weight.{k}": t for k, t in entries.items()}
+
+
+def renamed(old, new):
+    return {k.replace(old, new, 1): t for k, t in packed_twin().items()}
+
+
+def plus(**entries):
+    return packed_twin() | {f"0.{k}": t for k, t in entries.items()}
 
 
 def changed(**entries):
@@ -277,27 +278,15 @@ BAD_FILES = {
     "another 8-bit type": lambda: changed(nested_quant_map=torch.rand(256)),
     "something unknown": lambda: changed(zero_point=torch.rand(3)),
     "no codes": lambda: {k: t for k, t in packed_twin().items() if k != "0.weight"},
-    "half of the codes": lambda: (
-        packed_twin() | {"0.weight": packed_twin()["0.weight"][:99]}
-    ),
-    "a bias of integers": lambda: (
-        packed_twin() | {"0.bias": torch.ones(96, dtype=torch.int32)}
-    ),
-    "a complex bias": lambda: (
-        packed_twin() | {"0.bias": torch.ones(96, dtype=torch.complex64)}
-    ),
-    "a name of fp4 on a weight in nf4": lambda: {
-        k.replace("__nf4", "__fp4"): t for k, t in packed_twin().items()
-    },
-    "a bias too long": lambda: packed_twin() | {"0.bias": torch.rand(97)},
+    "half of the codes": lambda: plus(weight=packed_twin()["0.weight"][:99]),
+    "a bias of integers": lambda: plus(bias=torch.ones(96, dtype=torch.int32)),
+    "a complex bias": lambda: plus(bias=torch.ones(96, dtype=torch.complex64)),
+    "a name of fp4 on a weight in nf4": lambda: renamed("__nf4", "__fp4"),
+    "a bias too long": lambda: plus(bias=torch.rand(97)),
     "no bias": lambda: {k: t for k, t in packed_twin().items() if k != "0.bias"},
     "one tensor more": lambda: packed_twin() | {"1.weight": torch.rand(3, 3)},
-    "another path": lambda: {
-        k.replace("0.", "7.", 1): t for k, t in packed_twin().items()
-    },
-    "no JSON": lambda: (
-        packed_twin() | {f"0.weight{JSON}": torch.arange(30, dtype=torch.uint8)}
-    ),
+    "another path": lambda: renamed("0.", "7."),
+    "no JSON": lambda: plus(**{f"weight{JSON}": torch.arange(30, dtype=torch.uint8)}),
     "no shape": lambda: state(shape=None),
     "another shape": lambda: state(shape=[64, 96]),
     "no dtype": lambda: state(dtype="float7"),
@@ -311,28 +300,18 @@ BAD_FILES = {
     "a type that is not there": lambda: state(quant_type="int8"),
     "infinite scales": lambda: changed(nested_absmax=torch.full((1,), torch.inf)),
     "negative scales": lambda: changed(nested_absmax=torch.full((1,), -1.0)),
-    "negative absmax": lambda: (
-        single() | {"0.weight.absmax": -single()["0.weight.absmax"]}
+    "negative absmax": lambda: single(absmax=-single()["0.weight.absmax"]),
+    "a nested absmax too many": lambda: single(nested_absmax=torch.ones(1)),
+    "a bias that is NaN": lambda: plus(bias=torch.full((96,), torch.nan)),
+    "a bias past float32": lambda: plus(
+        bias=torch.full((96,), 1e300, dtype=torch.double)
     ),
-    "a nested absmax too many": lambda: (
-        single() | {"0.weight.nested_absmax": torch.ones(1)}
-    ),
-    "a bias that is NaN": lambda: (
-        packed_twin() | {"0.bias": torch.full((96,), torch.nan)}
-    ),
-    "a bias past float32": lambda: (
-        packed_twin() | {"0.bias": torch.full((96,), 1e300, dtype=torch.float64)}
-    ),
-    "a state of one number": lambda: (
-        packed_twin() | {f"0.weight{JSON}": torch.tensor(2**60)}
-    ),
-    "codes without a shape": lambda: packed_twin() | {"0.weight": torch.tensor(1.0)},
-    "sparse codes": lambda: packed_twin() | {"0.weight": torch.eye(3).to_sparse()},
-    "codes without memory": lambda: (
-        packed_twin() | {"0.weight": packed_twin()["0.weight"].to("meta")}
-    ),
-    "codes that are a text": lambda: packed_twin() | {"0.weight": "codes"},
-    "no tensor": lambda: packed_twin() | {"0.bias": None},
+    "a state of one number": lambda: plus(**{f"weight{JSON}": torch.tensor(2**60)}),
+    "codes without a shape": lambda: plus(weight=torch.tensor(1.0)),
+    "sparse codes": lambda: plus(weight=torch.eye(3).to_sparse()),
+    "codes without memory": lambda: plus(weight=packed_twin()["0.weight"].to("meta")),
+    "codes that are a text": lambda: plus(weight="codes"),
+    "no tensor": lambda: plus(bias=None),
     "a name that is none": lambda: packed_twin() | {3: torch.zeros(3)},
     "a number": lambda: 5,
     "a tensor": lambda: torch.ones(3),
@@ -435,7 +414,9 @@ def test_an_adapter_goes_through_its_file_onto_a_packed_base(name, tmp_path):
     peft_files.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is (name == "gpt2"), "a packed Conv1D is one still"
-    fresh = bnb_files.load_packed(MODELS[name](), bnb_files.packed_state_dict(model), FULL)
+    fresh = bnb_files.load_packed(
+        MODELS[name](), bnb_files.packed_state_dict(model), FULL
+    )
     fresh = peft_files.load(fresh, tmp_path)
     assert (fresh(**BATCH).logits - model(**BATCH).logits).abs().max() < 1e-5
 
