@@ -92,8 +92,9 @@ def add(model, targets, r=8, alpha=16):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a value out of range, a target without a
-            match, with a packed weight or with hooks, and a model that carries a method.
+        ValueError: for a value out of range, a target without a match, with a packed
+            weight or with hooks, and a model that carries a method already. Then the
+            model is unchanged.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_positive("alpha", alpha)
@@ -116,8 +117,8 @@ def merge(model):
         The same model, plain and frozen.
 
     Raises:
-        ValueError: nothing changed, without DoRA, and for a weight that would be NaN or
-            infinite in the base's dtype.
+        ValueError: without DoRA, and for a weight that would be NaN or infinite in the
+            base's dtype. Then the model is unchanged.
     """
     return surgery.merge(model, DoRALinear)
 
@@ -148,7 +149,7 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
-    surgery.load(state_dict(model), tensors)
+    surgery.load(state_dict(model), tensors)  # these share the parameters' memory

@@ -76,8 +76,8 @@ def add(model, targets, feedforward=()):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a target without a match, and a model that
-            carries a method already.
+        ValueError: for a target without a match, and a model that carries a method
+            already. Then the model is unchanged.
     """
     surgery.refuse_carried(model)
 
@@ -98,8 +98,8 @@ def merge(model):
         The same model, plain and frozen.
 
     Raises:
-        ValueError: nothing changed, without IA3, on a packed weight, and for a product
-            that is NaN or infinite in the base's dtype.
+        ValueError: without IA3, on a packed weight, and for a product that is NaN or
+            infinite in the base's dtype. Then the model is unchanged.
     """
     layers = surgery.wrappers(model, IA3Linear)
     bases = [m.base for m in layers.values()]
@@ -128,8 +128,9 @@ def unmerge(model, tensors):
         The same model, which carries IA3 again.
 
     Raises:
-        ValueError: nothing changed, for no tensors, one that does not fit or has a zero
-            in it, a weight that is packed, and a model that carries a method already.
+        ValueError: for no tensors, one that does not fit or has a zero in it, a weight
+            that is packed, and a model that carries a method already. Then the model is
+            unchanged.
     """
     surgery.refuse_carried(model)
     if not isinstance(tensors, dict) or not tensors:
@@ -185,7 +186,7 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
-    surgery.load(state_dict(model), tensors)
+    surgery.load(state_dict(model), tensors)  # these share the parameters' memory

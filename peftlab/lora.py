@@ -9,9 +9,11 @@ $$ y = W x + s\,B A x, \qquad s = \alpha / r, \text{ with rsLoRA } \alpha / \sqr
 | $W$ | (out, in) | `base.weight` | pretrained, frozen |
 | $A$ | (r, in) | `lora_A` | random, uniform in $\pm 1/\sqrt{\mathrm{in}}$ |
 | $B$ | (out, r) | `lora_B` | zero, so step 0 changes nothing |
+| $s$ | | `scaling` | |
 
-A and B are float32 over a 16-bit or packed base. Only `merge` changes a weight, never
-`train` or `eval`. The paper draws A from a Gaussian; we, as peft, by Kaiming's rule.
+A and B are float32 over a base in fewer bits. Only `merge` changes a weight, never
+`train` or `eval`. The paper draws A from a Gaussian; like peft, we use Kaiming's
+uniform. GPT-2's Conv1D keeps its weight as (in, out): `surgery.weight` turns it.
 Not here: embeddings, convolutions, the input weights of `nn.MultiheadAttention`. Code
 that reads a layer's weight and never calls the layer sees $W + s\,BA$, without dropout.
 """
@@ -40,7 +42,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
         n_out, n_in = surgery.shape(base)
-        like = surgery.like(base)
+        like = surgery.like(base)  # dtype and device
         self.lora_A = nn.Parameter(torch.empty(r, n_in, **like))
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -48,8 +50,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):  # (..., in) -> (..., out)
         y = self.base(x)
         low = self.dropout(x.to(self.lora_A.dtype)) @ self.lora_A.T  # (..., r)
-        bypass = (self.scaling * low) @ self.lora_B.T  # (..., out)
-        return (y + bypass).to(y.dtype)
+        return (y + (self.scaling * low) @ self.lora_B.T).to(y.dtype)
 
     def folded(self):  # (out, in)
         """The one weight `W + s B A` that does the same."""
@@ -82,8 +83,8 @@ def add(model, targets, r=8, alpha=16, dropout=0.0, bias="none", rslora=False):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a value out of range, a target without a
-            match, and a model that carries a method already.
+        ValueError: for a value out of range, a target without a match, and a model that
+            carries a method already. Then the model is unchanged.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_positive("alpha", alpha)
@@ -95,6 +96,8 @@ def add(model, targets, r=8, alpha=16, dropout=0.0, bias="none", rslora=False):
     layers = surgery.select(model, targets)
     settings = (r, alpha, dropout, bias, rslora)
     surgery.wrap(model, {m: LoRALinear(m, *settings) for m in layers})
+
+    # A and B train by now; this adds the biases that were asked for.
     for p in state_dict(model, keep_vars=True).values():
         p.requires_grad_(True)
     return model
@@ -111,8 +114,8 @@ def merge(model):
         The same model, plain and frozen.
 
     Raises:
-        ValueError: nothing changed, without LoRA, on a packed weight, and for a sum
-            that is NaN or infinite in the base's dtype.
+        ValueError: without LoRA, on a packed weight, and for a sum that is NaN or
+            infinite in the base's dtype. Then the model is unchanged.
     """
     return surgery.merge(model, LoRALinear)
 
@@ -145,18 +148,22 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
-    surgery.load(state_dict(model), tensors)
+    surgery.load(state_dict(model), tensors)  # these share the parameters' memory
 
 
 def _biases(model):
     """{name: parameter} of the biases that train along, named as in the plain model."""
-    model = surgery.uncompiled(model)
     layers = surgery.wrappers(model, LoRALinear)
     mode = next(iter(layers.values())).bias_mode
-    every = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
-    wrapped = {f"{path}.base.bias": f"{path}.bias" for path in layers}
-    asked = {"none": [], "lora_only": wrapped, "all": every}[mode]
-    return {wrapped.get(name, name): every[name] for name in asked if name in every}
+    plain_names = {f"{path}.base.bias": f"{path}.bias" for path in layers}
+
+    biases = {}
+    for name, p in surgery.uncompiled(model).named_parameters():
+        is_bias = name.endswith("bias")
+        asked = mode == "all" or mode == "lora_only" and name in plain_names
+        if is_bias and asked:
+            biases[plain_names.get(name, name)] = p
+    return biases

@@ -69,9 +69,9 @@ def add(model, targets, r=8):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for an r out of range, a target without a match
-            or with a weight that is packed, NaN or infinite, and a model that carries a
-            method already.
+        ValueError: for an r out of range, a target without a match or with a weight
+            that is packed, NaN or infinite, and a model that carries a method already.
+            Then the model is unchanged.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.refuse_carried(model)
@@ -102,8 +102,8 @@ def merge(model):
         The same model, plain and frozen.
 
     Raises:
-        ValueError: nothing changed, without PiSSA, and for a sum that is NaN or
-            infinite in the base's dtype.
+        ValueError: without PiSSA, and for a sum that is NaN or infinite in the base's
+            dtype. Then the model is unchanged.
     """
     return surgery.merge(model, PiSSALinear)
 
@@ -157,7 +157,7 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
-    surgery.load(state_dict(model), tensors)
+    surgery.load(state_dict(model), tensors)  # these share the parameters' memory

@@ -332,13 +332,19 @@ def load(own, tensors):
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"give {{name: tensor}}, not a {type(tensors).__name__}")
-    for name in sorted(own.keys() | tensors.keys(), key=str):
-        got, want = size(tensors.get(name)), size(own.get(name))
-        if got is None or got != want:
+    missing = sorted(own.keys() - tensors.keys(), key=str)
+    unexpected = sorted(tensors.keys() - own.keys(), key=str)
+    if missing or unexpected:
+        what = f"missing: {missing[:3]}, unexpected: {unexpected[:3]}"
+        raise ValueError(f"these are not the model's tensors: {what}")
+
+    for name, t in own.items():
+        got, want = size(tensors[name]), size(t)
+        if got != want:
             raise ValueError(f"{name}: its shape is {got} here, {want} in the model")
         if not tensors[name].is_floating_point():
             raise ValueError(f"{name}: {tensors[name].dtype} where floats belong")
-        check_fits(name, tensors[name], own[name].dtype)
+        check_fits(name, tensors[name], t.dtype)
 
     for name, t in own.items():
         t.copy_(tensors[name])

@@ -101,8 +101,8 @@ def add(model, targets, r=256, seed=0):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a value out of range, a target without a
-            match, and a model that carries a method already.
+        ValueError: for a value out of range, a target without a match, and a model that
+            carries a method already. Then the model is unchanged.
     """
     surgery.check_whole("the rank r", r, 1)
     surgery.check_whole("seed", seed, 0, below=2**63)
@@ -151,8 +151,8 @@ def merge(model):
         The same model, plain and frozen.
 
     Raises:
-        ValueError: nothing changed, without VeRA, on a packed weight, and for a sum
-            that is NaN or infinite in the base's dtype.
+        ValueError: without VeRA, on a packed weight, and for a sum that is NaN or
+            infinite in the base's dtype. Then the model is unchanged.
     """
     return surgery.merge(model, VeRALinear)
 
@@ -182,7 +182,7 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
-    surgery.load(state_dict(model), tensors)
+    surgery.load(state_dict(model), tensors)  # these share the parameters' memory
