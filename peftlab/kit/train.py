@@ -8,11 +8,17 @@ from tqdm.auto import tqdm
 
 
 def collate(records, tokenizer, loss_on="answer"):
-    """Tensors for a batch of records: input_ids, attention_mask, labels, each (batch,
-    tokens).
+    """Tensors for a batch of records, padded on the right.
 
-    Padded on the right. labels is -100 where there is no loss: on padding and, with
-    loss_on="answer", on the prompt; loss_on="line" puts the loss on every token."""
+    Args:
+        records: a list of `data.Record`.
+        tokenizer: of a causal model.
+        loss_on: "answer", or "line" for every token.
+
+    Returns:
+        {input_ids, attention_mask, labels: (batch, tokens)}. labels is -100 where there
+        is no loss: on padding and, with loss_on="answer", on the prompt.
+    """
     rows, labels = [], []
     prompts = tokenizer([r.prompt for r in records])["input_ids"]
     answers = [f" {r.answer}" for r in records]
@@ -77,16 +83,29 @@ def train(
     progress=True,
     groups=None,
 ):
-    """Train what is trainable in a causal model on the answers of `records`, with
-    AdamW.
+    """Train a causal model on the answers of `records`, with AdamW.
 
-    lr: the peak learning rate, reached after 10% of the steps and falling linearly to
-    zero after that. Batches are drawn anew each time all records have been seen.
-    groups: AdamW's parameter groups, each with a rate of its own, in place of one group
-    at lr (`lora_plus.parameter_groups` makes such). Returns the loss of each step, a
-    list of floats. The progress bar shows only on a terminal, so it never lands in a
-    notebook's stored outputs. Raises ValueError where nothing is trainable or there are
-    no records."""
+    Batches are drawn anew each time all records have been seen.
+
+    Args:
+        model: a causal model; what has requires_grad is trained.
+        tokenizer: the model's.
+        records: a list of `data.Record`.
+        steps: how many, at least 1.
+        lr: the peak learning rate, reached after 10% of the steps and falling linearly
+            to zero after that.
+        batch_size: records a step.
+        seed: of the order of the records.
+        progress: show a bar, on a terminal alone: never in a notebook's stored outputs.
+        groups: AdamW's parameter groups, each with a learning rate of its own, in place
+            of one group at lr (`lora_plus.parameter_groups` makes such).
+
+    Returns:
+        The loss of each step, a list of floats.
+
+    Raises:
+        ValueError: nothing is trainable, or there are no records or steps.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(
