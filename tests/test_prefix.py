@@ -747,7 +747,7 @@ MUTATIONS = {
     "a second part has it too": (PARTS, {"if not _is_filled(cache):": "if True:"}),
     "the prefix is lost in writing": (
         WRITES,
-        {"(**self._with_prefix(inputs))\n\n": "(**inputs)\n\n"},
+        {"forward(**self._with_prefix(inputs))": "forward(**inputs)"},
     ),
     "the last step's is taken": (WRITES, {'inputs.get("use_cache") is False': "False"}),
     "beams share one row": (BEAMS, {"expand(-1, rows,": "expand(-1, 3,"}),
