@@ -34,7 +34,7 @@ class Exactly(list):
 
 def is_conv1d(layer):
     """Whether it is GPT-2's linear layer, which keeps its weight as (in, out)."""
-    return type(layer).__name__ == "Conv1D"
+    return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
 
 
 def shape(layer):
@@ -303,14 +303,16 @@ def read_weight(wrapper):
     """What a wrapper shows as its `weight`: the folded one, in the base's layout.
 
     It is for code that reads a layer's weight and never calls the layer, such as
-    nn.MultiheadAttention. A packed weight is shown as it is.
+    nn.MultiheadAttention. A weight in packed bytes is shown as it is.
     """
     base = wrapper.base
-    if is_packed(base.weight):
-        return base.weight
-    W = wrapper.folded()
-    W = W.T if is_conv1d(base) else W
-    return W.to(base.weight.dtype)
+    W = base.weight
+    is_float = W.is_floating_point() and W.itemsize > 1
+    if not is_float or weight(base).shape != shape(base):
+        return W
+    folded = wrapper.folded()
+    folded = folded.T if is_conv1d(base) else folded
+    return folded.to(W.dtype)
 
 
 # Tensors
@@ -457,6 +459,8 @@ def refuse_unpackable(base):
         raise ValueError(f"a plain linear can be packed, not {kind}")
     if not torch.is_tensor(getattr(base, "weight", None)):
         raise ValueError(f"this {kind} has no plain weight: it may be packed already")
+    if "bias" not in base._parameters:
+        raise ValueError(f"the bias of this {kind} is computed at each call")
     refuse_unwritable([base], f"a {kind} cannot be packed: it has")
     if not is_plain(base):
         raise ValueError(f"a {kind} cannot be packed: it computes more than W x + b")

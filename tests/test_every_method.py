@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peftlab import bitfit, surgery
+from peftlab import bitfit, nf4, surgery
 
 NAMES = ("lora", "dora", "pissa", "vera", "ia3")
 METHODS = {name: importlib.import_module(f"peftlab.{name}") for name in NAMES}
@@ -512,6 +512,20 @@ def test_a_layer_that_is_read_and_never_called_has_an_effect(method):
     assert (method.merge(reader)(x) - wrapped).abs().max() < 1e-10
 
 
+def test_a_packed_layer_that_is_read_has_an_effect(method):
+    if method in (METHODS["dora"], METHODS["pissa"]):
+        return  # they refuse a packed weight
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(64, 2, batch_first=True).eval()
+    attention.out_proj = nf4.NF4Linear(attention.out_proj)
+    x = torch.randn(2, 3, 64)
+    plain = attention(x, x, x)[0]
+    put(method, attention, ["out_proj"])
+    assert (attention(x, x, x)[0] - plain).abs().max() < 1e-6
+    wrapped = stir(method, attention)(x, x, x)[0]
+    assert (wrapped - plain).abs().max() > 1e-3, "the method has no effect there"
+
+
 def test_a_fast_path_gives_the_same_numbers(method):
     layer = dict(d_model=8, nhead=2, dim_feedforward=16, dropout=0.0, batch_first=True)
     block = nn.TransformerEncoderLayer(**layer)
@@ -864,10 +878,14 @@ MUTATIONS = {
     ),  # fmt: skip
     "a layer that is read shows its base": (
         test_a_layer_that_is_read_and_never_called_has_an_effect,
-        {"    W = wrapper.folded()": "    W = _weight(base)"},
+        {"folded = wrapper.folded()": "folded = _weight(base)"},
+    ),
+    "a packed layer that is read shows its base": (
+        test_a_packed_layer_that_is_read_has_an_effect,
+        {"if not is_float or ": "if _is_packed(W) or not is_float or "},
     ),
     "a fast path sees the base": (
         test_a_fast_path_gives_the_same_numbers,
-        {"    W = wrapper.folded()": "    W = _weight(base)"},
+        {"folded = wrapper.folded()": "folded = _weight(base)"},
     ),
 }
