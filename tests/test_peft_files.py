@@ -1,8 +1,14 @@
 """Adapter files both ways with peft, and bad files: one sentence, nothing changed."""
 
+import contextlib
 import copy
 import json
 import os
+import random
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +23,7 @@ from common import (
     net,
     seeded,
     snapshot,
+    t5,
 )
 from peft import (
     IA3Config,
@@ -39,11 +46,11 @@ from transformers import (
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
-from peftlab import peft_files, lora
+from peftlab import lora, peft_files, prompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = dict(num_attention_heads=4)
@@ -56,6 +63,12 @@ def roberta():
 def llama_classifier():
     config = LlamaConfig(**SMALL, **HEADS, pad_token_id=0, num_labels=3)
     return seeded(LlamaForSequenceClassification(config))
+
+
+def whisper():
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    sizes = dict(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=9)
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids))
 
 
 def answers(model):
@@ -246,10 +259,8 @@ def test_the_file_holds_the_adapter_and_no_base_weight(tmp_path):
         (MODELS["gpt2"], "CAUSAL_LM"),
         (MODELS["bert"], "SEQ_CLS"),
         (MODELS["bert-model"], None),
-        (
-            lambda: T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4)),
-            "SEQ_2_SEQ_LM",
-        ),
+        (t5, "SEQ_2_SEQ_LM"),
+        (whisper, None),
         (net, None),
     ],
 )
@@ -339,54 +350,159 @@ def test_saving_and_loading_many_times_gives_the_same_bytes(tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
-# A crash while writing
+# A save is a transaction
+
+
+def layers(alpha=1, width=8):
+    """A small net with a LoRA whose numbers are all alpha."""
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
+    if alpha:
+        lora.add(model, ["0", "1", "2"], r=2, alpha=alpha)
+        for t in lora.state_dict(model).values():
+            t.fill_(alpha)
+    return model
+
+
+def alpha_in(folder):
+    """The alpha of the adapter in a folder, whose numbers must be all the same."""
+    model = peft_files.load(layers(None), folder)
+    assert all((t == model[0].alpha).all() for t in lora.state_dict(model).values())
+    return model[0].alpha
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def fail(*args, **kwargs):
     raise OSError("no space left on the device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_text", "replace"])
-def test_a_crash_while_writing_leaves_the_old_adapter_whole(
-    where, tmp_path, monkeypatch
-):
-    model = trained(MODELS["llama"]())
-    peft_files.save(model, tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    jiggle(lora.state_dict(model).values())
-    owner = dict(save_file=peft_files, write_text=Path, replace=os)[where]
+@pytest.mark.parametrize("where", ["save_file", "write_text", "fsync"])
+def test_an_error_while_writing_leaves_the_old_adapter(where, tmp_path, monkeypatch):
+    peft_files.save(layers(1), tmp_path)
+    before = contents(tmp_path)
+    owner = dict(save_file=peft_files, write_text=Path, fsync=os)[where]
     monkeypatch.setattr(owner, where, fail)
     with pytest.raises(OSError, match="no space"):
-        peft_files.save(model, tmp_path)
-    monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        peft_files.save(layers(2), tmp_path)
+    assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("done", [0, 1, 2])
-def test_a_crash_between_two_files_never_leaves_a_mix(done, tmp_path, monkeypatch):
-    model, really, moves = trained(MODELS["llama"]()), os.replace, []
-    peft_files.save(model, tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    jiggle(lora.state_dict(model).values())
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("done", range(6))
+def test_a_stop_between_two_moves_loses_nothing(
+    done, first, killed, tmp_path, monkeypatch
+):
+    """After an error the old adapter is back; after a kill one of them is whole."""
+    really, moves = os.replace, []
+    if not first:
+        peft_files.save(layers(1), tmp_path)
+    before = contents(tmp_path)
 
     def replace(source, target):
-        if len(moves) == done:
-            raise KeyboardInterrupt
         moves.append(target)
+        if len(moves) == done + 1:
+            raise OSError("killed")
         really(source, target)
 
-    # As if the machine stopped: what would clean up does not run either.
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(Path, "unlink", fail)
-    with pytest.raises((KeyboardInterrupt, OSError)):
-        peft_files.save(model, tmp_path)
+    if killed:
+        monkeypatch.setattr(peft_files, "_take_back", lambda folder: None)
+    stopped = done < (4 if first else 6)
+    with pytest.raises(OSError) if stopped else contextlib.nullcontext():
+        peft_files.save(layers(2), tmp_path)
     monkeypatch.undo()
-    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    if CONFIG in after:
-        assert before.items() <= after.items()
+
+    if stopped and not killed:
+        assert contents(tmp_path) == before
+    elif first and done < 2:
+        refuses(layers(None), tmp_path, f"no {CONFIG}")
     else:
-        with pytest.raises(ValueError, match=f"no {CONFIG}"):
-            peft_files.load(MODELS["llama"](), tmp_path)
+        assert alpha_in(tmp_path) == (1 if done < 2 else 2)
+        mixed = not first and 2 < done < 6 and (tmp_path / CONFIG).exists()
+        assert not mixed, "peft could load the old config with the new weights"
+    peft_files.save(layers(3), tmp_path)
+    assert alpha_in(tmp_path) == 3
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS], "litter"
+
+
+def test_saves_that_are_killed_lose_nothing(tmp_path):
+    models, wait = [layers(1), layers(2)], random.Random(0)
+    peft_files.save(layers(3), tmp_path)
+    for _ in range(30):
+        child = os.fork()
+        try:
+            while child == 0:
+                for model in models:
+                    peft_files.save(model, tmp_path)
+        finally:
+            if child == 0:
+                os._exit(1)
+        for _ in range(3):  # a reader beside a writer
+            assert alpha_in(tmp_path) in (1, 2, 3)
+        time.sleep(wait.random() / 50)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert alpha_in(tmp_path) in (1, 2, 3)
+    peft_files.save(layers(3), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_threads_may_save_into_one_folder(tmp_path):
+    models = [layers(alpha) for alpha in range(1, 5)]
+    with ThreadPoolExecutor(5) as pool:
+        saves = [pool.submit(peft_files.save, m, tmp_path) for m in 8 * models]
+        loads = [pool.submit(alpha_in, tmp_path) for _ in range(20) if saves[0].result]
+        assert all(save.result() is None for save in saves)
+        assert {load.result() for load in loads} <= {1, 2, 3, 4}
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_files_of_two_adapters_are_refused(tmp_path):
+    for alpha in (1, 2):
+        peft_files.save(layers(alpha), tmp_path / str(alpha))
+    shutil.copy(tmp_path / "1" / WEIGHTS, tmp_path / "2")
+    refuses(layers(None), tmp_path / "2", "one adapter's weights and another's config")
+    rewrite(tmp_path / "1", base_model_name_or_path="elsewhere", revision="2")
+    assert alpha_in(tmp_path / "1") == 1, "these say nothing about the numbers"
+
+
+# What cannot be saved
+
+
+class Beside(nn.Linear):
+    peft_method = "adapters"
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+
+def beside(**more):
+    """A model that carries something else beside its LoRA."""
+    model = trained(net())
+    for name, value in more.items():
+        setattr(model, name, value)
+    return model
+
+
+def unfrozen(path):
+    model = trained(MODELS["llama"]())
+    model.get_submodule(path).requires_grad_(True)
+    return model
+
+
+def broken(name):
+    model = trained(MODELS["llama"]())
+    model.get_parameter(name).data[0, 0] = torch.nan
+    return model
+
+
+def compiled_inside():
+    wrapper = prompt.add(MODELS["llama"](), 2)
+    wrapper.model = torch.compile(wrapper.model)
+    return wrapper
 
 
 @pytest.mark.parametrize(
@@ -398,6 +514,19 @@ def test_a_crash_between_two_files_never_leaves_a_mix(done, tmp_path, monkeypatc
         ("no module", dict(heads=("no_such_head",))),
         ("carries LoRA", dict(heads=("model.layers.0.self_attn.q_proj",))),
         ("carries LoRA", dict(heads=("model",))),
+        ("list of names", dict(heads="lm_head")),
+        ("task_type", dict(task_type=["SEQ_CLS"])),
+        ("must be a path", dict(folder=None)),
+        ("must be a path", dict(folder=b"adapter")),
+        ("nn.Module", dict(model=lambda: None)),
+        ("give the plain model", dict(model=lambda: torch.compile(trained(net())))),
+        ("give the plain model", dict(model=lambda: nn.DataParallel(trained(net())))),
+        ("give the plain model", dict(model=compiled_inside)),
+        ("norm.weight trains", dict(model=lambda: unfrozen("model.norm"))),
+        ("lm_head.weight trains", dict(model=lambda: unfrozen("lm_head"))),
+        ("BitFit", dict(model=lambda: beside(bitfit=("norm.bias",)))),
+        ("LoRA and adapters", dict(model=lambda: beside(adapters=Beside()))),
+        ("NaN", dict(model=lambda: broken("model.layers.0.mlp.up_proj.lora_A"))),
     ],
 )
 def test_what_cannot_be_saved_writes_nothing(case, settings, tmp_path, monkeypatch):
@@ -405,11 +534,12 @@ def test_what_cannot_be_saved_writes_nothing(case, settings, tmp_path, monkeypat
     build = settings.pop("model", lambda: trained(MODELS["llama"]()))
     settings.setdefault("folder", tmp_path / "new")
     model = build()
-    before = snapshot(model)
+    before = snapshot(model) if model is not None else None
     with pytest.raises(ValueError, match=case) as error:
         peft_files.save(model, **settings)
     assert_one_sentence(error)
-    assert_unchanged(model, before)
+    if case not in ("nn.Module", "NaN"):
+        assert_unchanged(model, before)
     assert not list(tmp_path.iterdir())
 
 
@@ -425,6 +555,83 @@ def test_a_tied_head_is_refused_on_both_ways(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     rewrite(tmp_path, modules_to_save=["lm_head"])
     refuses(plain, tmp_path, "tied")
+
+
+def test_embeddings_that_peft_writes_are_loaded_or_refused_with_their_sizes(tmp_path):
+    plain, longer = MODELS["llama"](), MODELS["llama"]()
+    longer.resize_token_embeddings(45)
+    theirs = trained_by_peft(longer, ["q_proj"])
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    refuses(plain, tmp_path, r"\(45, 32\) in the file, \(40, 32\) in the model")
+    plain.resize_token_embeddings(45)
+    jiggle(plain.lm_head.parameters())
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(theirs))
+    longer.resize_token_embeddings(50)
+    refuses(longer, tmp_path, r"\(45, 32\) in the file, \(50, 32\) in the model")
+
+
+@pytest.mark.parametrize("heads", [["model.embed_tokens", "lm_head"], []])
+def test_tied_weights_that_came_apart_in_the_file_are_refused(heads, tmp_path):
+    plain = MODELS["tiny-decoder"]()
+    model = trained(plain)
+    peft_files.save(model, tmp_path, heads=heads)
+    ours = peft_files.load(copy.deepcopy(plain), tmp_path)
+    assert_equal(answers(ours), answers(model))
+    rows = plain.lm_head.weight.detach()
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.model.lm_head.weight"] = rows + 1
+    tensors["base_model.model.model.embed_tokens.weight"] = rows.clone()
+    save_file(tensors, tmp_path / WEIGHTS)
+    refuses(plain, tmp_path, "tied in the model and differ")
+
+
+def test_targets_that_a_file_leaves_out_are_pefts_or_refused(folder, tmp_path):
+    plain = MODELS["llama"]()
+    theirs = trained_by_peft(plain, None, task_type="CAUSAL_LM")
+    theirs.save_pretrained(tmp_path)
+    rewrite(tmp_path, target_modules=None)
+    assert_equal(answers(peft_files.load(plain, tmp_path)), answers(theirs))
+    plain = MODELS["llama"]()
+    plain.config.model_type = "something new"
+    refuses(plain, tmp_path, "names no target_modules")
+
+
+def test_names_with_the_adapters_name_in_them_are_explained(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {n.replace(".weight", ".default.weight"): t for n, t in tensors.items()}
+    save_file(tensors, folder / WEIGHTS)
+    refuses(MODELS["llama"](), folder, "'default' in it")
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+
+
+@pytest.mark.parametrize("build", [Attention, lambda: nn.ModuleDict({"attn": conv()})])
+def test_an_adapter_on_what_is_no_linear_layer_is_refused_by_its_kind(build, tmp_path):
+    twin = peft_twin(build(), ["attn"])
+    twin.save_pretrained(tmp_path)
+    refuses(build(), tmp_path, "attn is a (MultiheadAttention|Conv2d)")
+
+
+def conv():
+    return nn.Conv2d(4, 4, 3)
+
+
+@pytest.mark.parametrize("model", [None, "llama", torch.nn.Linear])
+def test_what_is_no_model_and_no_path_is_refused(model, folder):
+    with pytest.raises(ValueError, match="nn.Module"):
+        peft_files.load(model, folder)
+    for path in (None, b"folder", 3):
+        refuses(MODELS["llama"](), path, "must be a path")
+
+
+def test_an_adapter_is_not_put_into_a_container(folder):
+    for wrap in (torch.compile, nn.DataParallel):
+        with pytest.raises(ValueError, match="give the plain model"):
+            peft_files.load(wrap(MODELS["llama"]()), folder)
 
 
 # Bad files: one sentence, and the model as it was
@@ -481,6 +688,72 @@ def test_a_pickle_is_never_read(folder):
 def test_a_config_that_is_no_json_is_refused(text, folder):
     (folder / CONFIG).write_bytes(text)
     refuses(MODELS["llama"](), folder, "not valid JSON")
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"r": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_take_is_refused(text, folder):
+    (folder / CONFIG).write_text(text)
+    refuses(MODELS["llama"](), folder, "not valid JSON")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_plain_file_is_refused_at_once(kind, name, folder):
+    (folder / name).unlink()
+    if kind == "device":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "fifo" else os.mkdir)(folder / name)
+    refuses(MODELS["llama"](), folder, "no plain file")
+    with pytest.raises(ValueError, match="no plain file"):
+        peft_files.save(trained(MODELS["llama"]()), folder)
+
+
+def test_a_config_of_gigabytes_is_not_read(folder):
+    os.truncate(folder / CONFIG, 10**12)
+    refuses(MODELS["llama"](), folder, "no config")
+
+
+@pytest.mark.parametrize(
+    "what", ["setting", "value", "regex", "type", "tensor", "head"]
+)
+def test_a_message_is_short_and_printable_whatever_the_file_says(what, folder):
+    long = "\x1b[2J" + "a" * 10**5
+    settings = dict(setting={long: 1}, value={"rank_pattern": long}, type=dict(r=long))
+    settings |= dict(regex=dict(target_modules=f"({long}"), tensor={})
+    rewrite(folder, **settings.get(what, dict(modules_to_save=[long])))
+    if what in ("tensor", "head"):
+        tensors = load_file(folder / WEIGHTS)
+        save_file({**tensors, f"{long}.weight": torch.ones(1)}, folder / WEIGHTS)
+    with pytest.raises(ValueError) as error:
+        peft_files.load(MODELS["llama"](), folder)
+    assert_one_sentence(error)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.nan, torch.inf, -torch.inf, 1e300, torch.int32, torch.bool, torch.complex64],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "end", ["q_proj.lora_A.weight", "base_layer.bias", "classifier"]
+)
+def test_tensors_that_are_no_finite_floats_are_refused(end, value, tmp_path):
+    plain = MODELS["bert"]()
+    name = "bert.encoder.layer.0.attention.self.query.base_layer.bias"
+    if end != "base_layer.bias":
+        name = "classifier.weight" if end == "classifier" else "query.lora_A.weight"
+    peft_files.save(trained(plain, bias="lora_only"), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = next(key for key in tensors if key.endswith(name))
+    if isinstance(value, torch.dtype):
+        tensors[key] = tensors[key].to(value)
+    else:
+        tensors[key] = tensors[key].double()
+        tensors[key].view(-1)[0] = value
+    save_file(tensors, tmp_path / WEIGHTS)
+    refuses(plain, tmp_path, "floats belong|NaN|in the file")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"LORA"', "{}"])
@@ -579,28 +852,21 @@ def test_a_setting_that_changes_numbers_is_refused_by_name(setting, value, folde
     refuses(MODELS["llama"](), folder, setting)
 
 
+OUT_OF_RANGE = {
+    "r": ["4", 0, None, True, 10**400, 4.0],
+    "lora_alpha": [-6, None, 10**400, "6", True, float("nan")],
+    "lora_dropout": [1.5, True, 10**400],
+    "use_rslora": ["false", 0],
+    "use_dora": ["false"],
+    "bias": ["some", ["none"]],
+    "target_modules": [None, [], 3, ["q_proj"], "*(", "all-nonlinear", [1], {"q": 1}],
+    "exclude_modules": ["*(", [None]],
+    "modules_to_save": [["lm_head"], ["q_proj"], "lm_head", [1], [""]],
+}
+
+
 @pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("r", "4"),
-        ("r", 0),
-        ("r", None),
-        ("lora_alpha", -6),
-        ("lora_alpha", None),
-        ("lora_dropout", 1.5),
-        ("bias", "some"),
-        ("target_modules", None),
-        ("target_modules", []),
-        ("target_modules", 3),
-        ("target_modules", ["q_proj"]),
-        ("target_modules", "*("),
-        ("target_modules", "all-nonlinear"),
-        ("exclude_modules", "*("),
-        ("modules_to_save", ["lm_head"]),
-        ("modules_to_save", ["q_proj"]),
-        ("modules_to_save", "lm_head"),
-    ],
-    ids=str,
+    "setting, value", [(k, v) for k, vs in OUT_OF_RANGE.items() for v in vs], ids=str
 )
 def test_a_setting_out_of_range_is_refused(setting, value, folder):
     rewrite(folder, **{setting: value})

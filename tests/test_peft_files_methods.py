@@ -1,7 +1,6 @@
 """The files of every method that peft has too, both ways with peft."""
 
 import copy
-import json
 
 import peft
 import pytest
@@ -10,14 +9,13 @@ from common import (
     BATCH,
     MODELS,
     assert_one_sentence,
-    assert_unchanged,
     bert,
     jiggle,
     seeded,
-    snapshot,
     t5,
 )
 from safetensors.torch import load_file, save_file
+from test_peft_files import CONFIG, WEIGHTS, config_of, refuses, rewrite
 from transformers import (
     BertModel,
     DistilBertConfig,
@@ -30,9 +28,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peftlab import dora, ia3, peft_files, lora, pissa, prefix, prompt, multi_lora, vera
+from peftlab import (
+    dora,
+    ia3,
+    lora,
+    multi_lora,
+    peft_files,
+    pissa,
+    prefix,
+    prompt,
+    vera,
+)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EVERY = {**MODELS, "t5": t5}
 TARGETS = {  # an attention layer or two, and the feed-forward block's second layer
     "tiny-decoder": (["k_proj", "v_proj"], ["down_proj"]),
@@ -213,7 +220,7 @@ def test_a_pissa_is_written_as_a_lora_of_twice_the_rank(tmp_path):
     plain = MODELS["llama"]()
     model = ours("pissa", "llama", plain)
     peft_files.save(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
+    config = config_of(tmp_path)
     assert (config["r"], config["lora_alpha"]) == (8, 8)
     assert config["init_lora_weights"] is True and not config["use_rslora"]
     back = peft_files.load(plain, tmp_path)
@@ -300,15 +307,6 @@ def test_the_active_one_of_several_is_what_is_saved(tmp_path):
 # Bad input: one sentence, and the model as it was
 
 
-def refuses(model, folder, match):
-    next(model.parameters()).requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match) as error:
-        peft_files.load(model, folder)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
-
-
 @pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
 @pytest.mark.parametrize("change", ["missing", "more", "shape", "empty", "truncated"])
 def test_tensors_that_do_not_fit_are_refused(change, kind, tmp_path):
@@ -345,38 +343,34 @@ def test_an_adapter_for_another_model_is_refused(other, kind, tmp_path):
     refuses(LlamaForCausalLM(config), tmp_path, "another model")
 
 
+MISFITS = {
+    ("dora", "bias"): ["all"],
+    ("dora", "r"): [5],
+    ("dora", "lora_alpha"): [-1],
+    ("pissa", "bias"): ["lora_only"],
+    ("pissa", "init_lora_weights"): ["pissa_niter_4"],
+    ("pissa", "r"): [0],
+    ("vera", "bias"): ["all"],
+    ("vera", "layers_to_transform"): [[0]],
+    ("vera", "r"): [3, "4"],
+    ("vera", "projection_prng_key"): [-1, None, 10**400, 7.0],
+    ("vera", "save_projection"): ["no"],
+    ("ia3", "feedforward_modules"): [[], ["v_proj"], [1]],
+    ("ia3", "target_modules"): [["k_proj"]],
+    ("ia3", "exclude_modules"): [["k_proj"]],
+    ("prompt", "num_virtual_tokens"): [4, None, "3", 10**400],
+    ("prefix", "num_virtual_tokens"): [0],
+    ("prefix", "peft_type"): ["P_TUNING"],
+}
+
+
 @pytest.mark.parametrize(
-    "kind, setting, value",
-    [
-        ("dora", "bias", "all"),
-        ("dora", "r", 5),
-        ("dora", "lora_alpha", -1),
-        ("pissa", "bias", "lora_only"),
-        ("pissa", "init_lora_weights", "pissa_niter_4"),
-        ("pissa", "r", 0),
-        ("vera", "bias", "all"),
-        ("vera", "layers_to_transform", [0]),
-        ("vera", "r", 3),
-        ("vera", "r", "4"),
-        ("vera", "projection_prng_key", -1),
-        ("vera", "projection_prng_key", None),
-        ("ia3", "feedforward_modules", []),
-        ("ia3", "feedforward_modules", ["v_proj"]),
-        ("ia3", "target_modules", ["k_proj"]),
-        ("ia3", "exclude_modules", ["k_proj"]),
-        ("prompt", "num_virtual_tokens", 4),
-        ("prompt", "num_virtual_tokens", None),
-        ("prompt", "num_virtual_tokens", "3"),
-        ("prefix", "num_virtual_tokens", 0),
-        ("prefix", "peft_type", "P_TUNING"),
-    ],
-    ids=str,
+    "kind, setting, value", [(*k, v) for k, vs in MISFITS.items() for v in vs], ids=str
 )
 def test_a_setting_that_does_not_fit_is_refused(kind, setting, value, tmp_path):
     plain = MODELS["llama"]()
     theirs(kind, "llama", plain).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
-    (tmp_path / CONFIG).write_text(json.dumps({**config, setting: value}), "utf8")
+    rewrite(tmp_path, **{setting: value})
     refuses(plain, tmp_path, "")
 
 
@@ -456,8 +450,40 @@ def test_two_kinds_at_once_do_not_go_into_one_folder(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)})
+        self.proj, self.q_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.q_proj(self.proj(torch.relu(self.body["proj"](x))))
+
+
+@pytest.mark.parametrize("kind", TREE)
+def test_a_full_path_is_no_suffix_in_a_file(kind, tmp_path):
+    """A file for `proj` alone, beside `body.proj`; IA3's own end without a dot too."""
+    plain, x = seeded(Two()), torch.randn(3, 8)
+    tree = dict(target_modules="proj|q_proj")
+    configs = dict(
+        lora=peft.LoraConfig(r=3, **tree),
+        dora=peft.LoraConfig(r=3, use_dora=True, **tree),
+        pissa=peft.LoraConfig(r=3, init_lora_weights="pissa", **tree),
+        vera=peft.VeraConfig(r=3, **tree),
+        ia3=peft.IA3Config(feedforward_modules="proj", **tree),
+    )
+    twin = peft.get_peft_model(copy.deepcopy(plain), configs[kind])
+    jiggle(p for p in twin.parameters() if p.requires_grad)
+    twin.save_pretrained(tmp_path / "theirs")
+    model = peft_files.load(copy.deepcopy(plain), tmp_path / "theirs")
+    assert_equal(model(x), twin(x))
+    peft_files.save(model, tmp_path / "ours")
+    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours")
+    assert_equal(twin(x), model(x))
+
+
 def test_a_bare_encoder_keeps_its_own_task(tmp_path):
     model = prompt.add(seeded(bert(BertModel)), 2)
     peft_files.save(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text("utf8"))
+    config = config_of(tmp_path)
     assert config["task_type"] == "FEATURE_EXTRACTION"
