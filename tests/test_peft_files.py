@@ -67,7 +67,7 @@ def llama_classifier():
 
 def whisper():
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
-    sizes = dict(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=9)
+    sizes = dict(d_model=24, encoder_layers=1, decoder_layers=1, vocab_size=9)
     return WhisperForConditionalGeneration(WhisperConfig(**sizes, **ids))
 
 
