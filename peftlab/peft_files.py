@@ -40,6 +40,7 @@ import math
 import os
 import re
 import reprlib
+import shutil
 import stat
 import threading
 import time
@@ -814,6 +815,7 @@ def _with_pefts_targets(config, model):
             continue
         if config["peft_type"] not in ("LORA", "VERA", "IA3"):
             continue  # a soft prompt has no targets
+
         kind = getattr(getattr(model, "config", None), "model_type", None)
         table = (
             f"TRANSFORMERS_MODELS_TO_{config['peft_type']}_{setting.upper()}_MAPPING"
@@ -846,6 +848,7 @@ def _digest(config):
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+DRAFTS = ".adapter_drafts"
 LARGEST_CONFIG = 10_000_000  # bytes
 TRIES = 200  # a folder that is always being written to is refused after so many
 ONE_SAVE = threading.Lock()  # where the system has no locks on folders
@@ -963,20 +966,21 @@ def _write(folder, tensors, config):
         path = folder / name
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no plain file: it stays")
-    draft = _beside(folder / CONFIG, "draft")
-    new_config = _beside(folder / CONFIG, "new")
-    new_weights = _beside(folder / WEIGHTS, "new")
+    drafts = folder / DRAFTS  # a folder: safetensors has a temporary file of its own
+    weights = drafts / WEIGHTS
 
     with _alone_in(folder):
         _move_into_place(folder)  # what a save that was killed has left
         try:
+            drafts.mkdir()
             metadata = {"format": "pt", "settings": _digest(config)}
-            save_file(tensors, new_weights, metadata)
-            _order_metadata(new_weights, metadata)
-            draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
-            _sync(new_weights)
-            _sync(draft)
-            os.replace(draft, new_config)  # from here on the new adapter counts
+            save_file(tensors, weights, metadata)
+            _order_metadata(weights, metadata)
+            text = json.dumps(config, indent=2) + "\n"
+            (drafts / CONFIG).write_text(text, encoding="utf8")
+            for name in (WEIGHTS, CONFIG):  # with the config the new adapter counts
+                _sync(drafts / name)
+                os.replace(drafts / name, _beside(folder / name, "new"))
             _move_into_place(folder)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -1016,8 +1020,9 @@ def _take_back(folder):
 
 def _clean(folder):
     for name in (CONFIG, WEIGHTS):
-        for what in ("draft", "new", "old"):
+        for what in ("new", "old"):
             _beside(folder / name, what).unlink(missing_ok=True)
+    shutil.rmtree(folder / DRAFTS, ignore_errors=True)
 
 
 def _beside(path, what):
