@@ -11,11 +11,11 @@ number. Exit 1 if a gap is above 1e-5, a count differs, or the stored file says 
 
 import argparse
 import copy
-import importlib.util
 import json
 import logging
 import platform
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -35,6 +35,10 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import standalone
+
 STORED = ROOT / "book" / "results" / "adapterhub.json"
 BOUND = 1e-5
 WIDTH = 64
@@ -42,11 +46,8 @@ IDS = torch.arange(3, 35).reshape(2, 16)
 MASK = torch.tensor([[1] * 16, [1] * 11 + [0] * 5])
 
 # One file, not the package, which needs a newer transformers.
-spec = importlib.util.spec_from_file_location(
-    "adapter", ROOT / "peftlab" / "adapter.py"
-)
-adapter = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(adapter)
+adapter = types.ModuleType("adapter")
+exec(compile(standalone.of("adapter"), "adapter.py", "exec"), adapter.__dict__)
 
 # {placement: (their settings, at their defaults, and what these are in ours)}
 CONFIGS = {
