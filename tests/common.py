@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -95,6 +96,26 @@ def assert_one_sentence(error):
     message = str(error.value)
     assert message and "\n" not in message, f"not one clear line: {message!r}"
     assert len(message) < 500, f"too long to be one clear sentence: {message!r}"
+
+
+def refused(model, words, call, *args, **settings):
+    """The call raises one sentence with these words, and the model is as it was."""
+    before = isinstance(model, nn.Module) and snapshot(model)
+    with pytest.raises(ValueError, match=words or None) as error:
+        call(model, *args, **settings)
+    assert_one_sentence(error)
+    if before:
+        assert_unchanged(model, before)
+
+
+def by_fault(broken):
+    """{what is broken: (law, changes)} from {law: {what is broken: changes}}."""
+    faults = {}
+    for law, cases in broken.items():
+        for what, changes in cases.items():
+            assert what not in faults, f"two mutations are called {what!r}"
+            faults[what] = law, changes
+    return faults
 
 
 def trainable(model):
