@@ -34,6 +34,9 @@ AUTO = [(c, e) for c, e in ALL if e.get("grading") == "auto"]
 WRONG = {chapter: exercises.wrong_answers(ROOT, chapter) for chapter in BOOKS}
 CASES = [(c, w) for c, every in WRONG.items() for w in every]
 LEVELS = {"run", "explain", "build", "investigate"}
+FACTS = "title objective level minutes points grading heading".split()
+KNOWN = {"id", *FACTS, "rubric", "needs", "solution", "check"}
+FOLD = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
 MARKER = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS)")
 
 
@@ -142,32 +145,30 @@ def assert_check_rejects(book, exercise, wrong):
     assert in_the_checks_own_words(error, check), (
         f"{name}: the check breaks down instead of saying what is wrong: {error!r}"
     )
-    said = str(error).strip()
-    assert re.search(wrong["message"], said), (
-        f"{name}: the check says {said!r}, which {wrong['message']!r} does not match"
-    )
-    assert len(said) >= 20 and len(said.split()) >= 4, (
-        f"{name}: {said!r} is not a sentence that names the mistake"
-    )
-    shown = exercises.message(check, wrong["message"])
+    said, words = str(error).strip(), wrong["message"]
+    says = f"{name}: the check says {said!r}"
+    assert re.search(words, said), f"{says}, which {words!r} does not match"
+    assert len(said) >= 20 and len(said.split()) >= 4, f"{says}, not a sentence"
+    shown = exercises.message(check, words)
     assert shown is not None, (
-        f"{name}: {wrong['message']!r} must match words that stand in an assert of the "
-        f"check, not what is put into them: it says {said!r}"
+        f"{says}: {words!r} must match words that stand in an assert of the check"
     )
     assert re.fullmatch(re.escape(shown).replace("…", ".*"), said, re.DOTALL), (
-        f"{name}: the check says {said!r}, but the instructor's page shows the first "
-        f"message that {wrong['message']!r} matches, {shown!r}: make it match only one"
+        f"{says}, but the instructor's page shows the first message that {words!r}"
+        f" matches, {shown!r}: make it match only one"
     )
 
 
 @each_auto
-def test_the_solution_passes_its_check(chapter, exercise):
+def test_a_check_passes_the_solution_and_rejects_the_stub(chapter, exercise):
     assert_check_accepts_the_solution(BOOKS[chapter], exercise)
-
-
-@each_auto
-def test_the_empty_stub_is_rejected(chapter, exercise):
     assert_check_rejects_the_stub(BOOKS[chapter], exercise)
+    asserts = ast.walk(ast.parse(exercises.source(exercise["check"])))
+    for node in asserts:
+        if isinstance(node, ast.Assert):
+            assert node.msg, (
+                f"{exercise['id']}: no message for {ast.unparse(node.test)}"
+            )
 
 
 @each_wrong
@@ -177,17 +178,6 @@ def test_a_wrong_answer_is_rejected_by_name(chapter, wrong):
     assert_check_rejects(BOOKS[chapter], every[wrong["exercise"]], wrong)
 
 
-@each_auto
-def test_every_assert_of_a_check_says_what_is_wrong(chapter, exercise):
-    tree = ast.parse(exercises.source(exercise["check"]))
-    silent = [
-        ast.unparse(n.test)
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Assert) and n.msg is None
-    ]
-    assert not silent, f"{exercise['id']}: no message for {silent}"
-
-
 # ---- metadata
 
 
@@ -195,50 +185,39 @@ def test_every_assert_of_a_check_says_what_is_wrong(chapter, exercise):
 def test_the_metadata_is_complete(chapter, exercise):
     name = exercise["id"]
     assert re.fullmatch(r"\d\d-\d+", name) and name[:2] == chapter[:2]
-    for key in ("title", "objective"):
-        assert exercise[key].strip(), f"{name} has no {key}"
+    assert not exercise.keys() - KNOWN, f"{name}: unknown metadata"
+    assert all(str(exercise[key]).strip() for key in FACTS), f"{name}: empty metadata"
     assert exercise["level"] in LEVELS
     assert exercise["grading"] in exercises.GRADED
     for key in ("minutes", "points"):
         assert type(exercise[key]) is int and exercise[key] > 0, f"{name}: {key}"
     wanted = f"Exercise {name} · {exercise['title']}"
     assert exercise["heading"] == wanted, f"no Markdown cell has the line ### {wanted}"
-    unknown = set(exercise) - {
-        *("id", "title", "level", "minutes", "points", "objective", "grading"),
-        *("rubric", "needs", "solution", "check", "heading"),
-    }
-    assert not unknown, f"{name}: unknown metadata {unknown}"
+    before = [e["id"] for c, e in ALL if c == chapter]
+    before = before[: before.index(name)]
+    assert set(exercise.get("needs", ())) <= set(before), "it needs a later exercise"
 
 
 @each_exercise
 def test_an_exercise_has_a_check_or_a_rubric(chapter, exercise):
     cell, source = exercise["solution"], exercises.source(exercise["solution"])
-    assert exercises.grade_id(cell) == exercise["id"]
+    name, graded = exercise["id"], exercise["check"]
+    assert exercises.grade_id(cell) == name
     if exercise["grading"] == "auto":
         assert exercises.role(cell) == "solution" and cell.cell_type == "code"
-        assert exercise["check"], f"no cell has the grade_id {exercise['id']}-check"
-        graded, published = exercise["check"], WRONG[chapter]
-        assert exercise["id"] in [w["exercise"] for w in published], (
-            f"no wrong answer is published for {exercise['id']}"
-        )
+        assert graded, f"no cell has the grade_id {name}-check"
+        published = [w["exercise"] for w in WRONG[chapter]]
+        assert name in published, f"no wrong answer is published for {name}"
         assert "### BEGIN SOLUTION" in source
-        fold = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
-        assert cell.metadata.get("mystnb") == fold, "the book must fold the solution"
+        assert cell.metadata.get("mystnb") == FOLD, "the book must fold the solution"
         assert "hide-input" in cell.metadata.get("tags", ())
     else:
         assert exercises.role(cell) == "answer" and cell.cell_type == "markdown"
-        assert exercise["check"] is None
+        assert graded is None
         assert exercise["rubric"] and all(point.strip() for point in exercise["rubric"])
         assert "<details>" in source, "the book must fold the model answer"
         graded = cell
     assert graded.metadata.nbgrader.points == exercise["points"]
-
-
-@each_exercise
-def test_an_exercise_needs_only_earlier_ones_of_its_chapter(chapter, exercise):
-    before = [e["id"] for c, e in ALL if c == chapter]
-    before = before[: before.index(exercise["id"])]
-    assert set(exercise.get("needs", ())) <= set(before)
 
 
 @each_chapter
@@ -255,17 +234,14 @@ def test_a_chapter_has_exercises_and_no_cell_of_nbgraders_is_astray(chapter):
             assert not MARKER.search(cell.source), "a marker outside nbgrader's cells"
 
 
-def test_no_two_exercises_share_an_id():
+def test_ids_are_unique_and_wrong_answers_belong_to_chapters():
     assert not [i for i, n in Counter(e["id"] for _, e in ALL).items() if n > 1]
-
-
-def test_wrong_answers_are_published_and_belong_to_chapters():
     assert len(CASES) >= 12
-    for path in (ROOT / exercises.WRONG_ANSWERS).glob("*.yml"):
-        assert path.stem in BOOKS, f"{path.name} belongs to no chapter"
-        for wrong in exercises.wrong_answers(ROOT, path.stem):
-            assert set(wrong) == {"exercise", "mistake", "code", "message"}
-            assert all(text.strip() for text in wrong.values())
+    published = {p.stem for p in (ROOT / exercises.WRONG_ANSWERS).glob("*.yml")}
+    assert published <= BOOKS.keys(), "wrong answers that belong to no chapter"
+    for _, wrong in CASES:
+        assert set(wrong) == {"exercise", "mistake", "code", "message"}
+        assert all(text.strip() for text in wrong.values())
 
 
 # ---- the sheets
@@ -288,15 +264,13 @@ def split(cell):
 def assert_the_students_sheet_keeps_the_secrets(book, wrong):
     sheet = student.student(book)
     text = nbformat.writes(sheet)
-    lines = Counter(
-        line.strip() for cell in sheet.cells for line in cell.source.splitlines()
-    )
+    sources = "\n".join(cell.source for cell in sheet.cells)
+    lines = Counter(line.strip() for line in sources.splitlines())
     parts = [split(cell) for cell in book.cells]
     seen = Counter(line for part in parts for line in part[0])
     for line in {line for part in parts for line in part[1]}:
         assert lines[line] <= seen[line], f"the student sees {line!r}"
     assert not MARKER.search(text)
-    sources = "\n".join(cell.source for cell in sheet.cells)
     for answer in wrong:
         assert answer["code"].strip() not in sources, answer["mistake"]
     for exercise in exercises.exercises(book):
@@ -315,9 +289,8 @@ def assert_the_instructors_sheet_is_whole(book, wrong):
     rest = [c.source for c in sheet.cells if c not in notes]
     assert rest == [c.source for c in book.cells]
     for exercise in exercises.exercises(book):
-        note = next(
-            c.source for c in notes if f"exercise {exercise['id']}*" in c.source
-        )
+        name = f"exercise {exercise['id']}*"
+        note = next(c.source for c in notes if name in c.source)
         assert exercises.plural(exercise["points"], "point") in note
         for point in exercise.get("rubric", ()):
             assert point in note
@@ -339,17 +312,9 @@ def assert_the_students_sheet_stops_at_its_first_check(book):
 
 
 @each_chapter
-def test_the_students_sheet_keeps_the_secrets(chapter):
+def test_the_sheets_of_a_chapter(chapter):
     assert_the_students_sheet_keeps_the_secrets(BOOKS[chapter], WRONG[chapter])
-
-
-@each_chapter
-def test_the_instructors_sheet_is_whole(chapter):
     assert_the_instructors_sheet_is_whole(BOOKS[chapter], WRONG[chapter])
-
-
-@each_chapter
-def test_the_students_sheet_stops_at_its_first_check(chapter):
     assert_the_students_sheet_stops_at_its_first_check(BOOKS[chapter])
 
 
@@ -360,8 +325,9 @@ def test_the_instructors_page_lists_every_exercise():
     links = {a.get_text(): a["href"] for a in article.select("td a[href]")}
     code = article.get_text()
     for chapter, exercise in ALL:
-        assert f"{chapter}.html#exercise-" in links.get(exercise["id"], ""), (
-            f"the instructor's page does not link to {exercise['id']}: rebuild the book"
+        link = links.get(exercise["id"], "")
+        assert f"{chapter}.html#exercise-" in link, (
+            f"{exercise['id']}: rebuild the book"
         )
     for _, wrong in CASES:
         assert wrong["code"].strip() in code, wrong["mistake"]
@@ -390,30 +356,16 @@ So that the rank can change and the learning rate stay.
 </details>
 <!-- END SOLUTION -->"""
 MISTAKES = [
-    dict(
-        exercise="99-1",
-        mistake="alpha alone",
-        code="def scale(alpha, r):\n    return alpha\n",
-        message="not divided by r",
-    ),
-    dict(
-        exercise="99-1",
-        mistake="divided by r squared",
-        code="def scale(alpha, r):\n    return alpha / r**2\n",
-        message="alpha equal to r",
-    ),
-    dict(
-        exercise="99-1",
-        mistake="never below one",
-        code="def scale(alpha, r):\n    return max(1, alpha / r)\n",
-        message="smaller than one",
-    ),
+    dict(exercise="99-1", mistake=mistake, message=words)
+    | dict(code=f"def scale(alpha, r):\n    return {value}\n")
+    for mistake, value, words in (
+        ("alpha alone", "alpha", "not divided by r"),
+        ("divided by r squared", "alpha / r**2", "alpha equal to r"),
+        ("never below one", "max(1, alpha / r)", "smaller than one"),
+    )
 ]
-
-PYTHON = dict(
-    kernelspec=dict(display_name="Python 3", language="python", name="python3"),
-    language_info=dict(name="python"),
-)
+PYTHON = dict(display_name="Python 3", language="python", name="python3")
+PYTHON = dict(kernelspec=PYTHON, language_info=dict(name="python"))
 
 
 def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
@@ -423,7 +375,6 @@ def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
     one |= dict(objective="scale the bypass")
     two = dict(facts, id="99-2", title="Why", grading="rubric", level="explain")
     two |= dict(objective="explain the scale", rubric=["names the learning rate"])
-    fold = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
     v4 = nbformat.v4
 
     def graded(cell, name, grade, solution, **other):
@@ -439,7 +390,8 @@ def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
         return cell
 
     output = v4.new_output("stream", text="a stored output\n")
-    exercise = dict(peftlab=dict(exercise=one), mystnb=fold, tags=["hide-input"])
+    exercise = dict(peftlab=dict(exercise=one), mystnb=FOLD, tags=["hide-input"])
+    why = "99-2", True, True
     cells = [
         v4.new_markdown_cell("# 99. Made up\n\n[file](../peftlab/lora.py)"),
         tagged("if False:\n    %pip install nothing", "nbval-skip"),
@@ -449,11 +401,7 @@ def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
         graded(v4.new_code_cell(solution), "99-1", False, True, **exercise),
         graded(v4.new_code_cell(check), "99-1-check", True, False),
         v4.new_markdown_cell("### Exercise 99-2 · Why"),
-        graded(
-            v4.new_markdown_cell(ANSWER),
-            *("99-2", True, True),
-            peftlab=dict(exercise=two),
-        ),
+        graded(v4.new_markdown_cell(ANSWER), *why, peftlab=dict(exercise=two)),
     ]
     for i, cell in enumerate(cells):
         cell.id = f"cell-{i}"
@@ -480,6 +428,8 @@ def test_rules_hold_for_a_sound_exercise():
     assert "raise NotImplementedError()" in text and "YOUR ANSWER HERE" in text
 
 
+LONG = "alpha is not divided by r: the factor is alpha/r"
+BREAKS = "1 / (scale(16, 8) - 16), 'alpha is not divided by r'\n" + CHECK
 BROKEN = {
     "emptied": ("", "accepts the empty stub"),
     "trivially true": ("assert scale or True, 'it is a function'", "accepts the empty"),
@@ -490,16 +440,8 @@ BROKEN = {
         "own solution fails",
     ),
     "without messages": (re.sub(r", f?\".*", "", CHECK), "does not match"),
-    "with a word for a message": (
-        CHECK.replace(
-            "alpha is not divided by r: the factor is alpha/r", "not divided by r"
-        ),
-        "not a sentence",
-    ),
-    "breaking down": (
-        "1 / (scale(16, 8) - 16), 'alpha is not divided by r'\n" + CHECK,
-        "breaks down",
-    ),
+    "a word for a message": (CHECK.replace(LONG, "not divided by r"), "not a sentence"),
+    "breaking down": (BREAKS, "breaks down"),
 }
 
 
@@ -510,14 +452,11 @@ def test_a_broken_check_is_noticed(name):
         assert_all(made_up(check=check))
 
 
-def test_a_wrong_answer_must_define_what_the_stub_defines():
+def test_answers_define_what_the_stub_does_and_lean_on_the_setup_alone():
     book = made_up()
     wrong = dict(MISTAKES[0], code="def scaling(alpha, r):\n    return alpha\n")
     with pytest.raises(AssertionError, match="does not define"):
         assert_check_rejects(book, exercises.exercises(book)[0], wrong)
-
-
-def test_a_solution_must_not_lean_on_cells_that_are_no_setup():
     book = made_up(solution=SOLUTION.replace("alpha / r", "alpha / r * made"))
     with pytest.raises(AssertionError, match="exercise-setup cells alone"):
         assert_all(book)
@@ -550,49 +489,37 @@ def test_sheets_and_zips_are_the_same_each_time(chapter, tmp_path):
     assert archive.read("student/99_made_up.ipynb") == sheet.read_bytes()
     nbformat.validate(nbformat.read(sheet, as_version=4))
     assert "/blob/" in json.loads(sheet.read_text("utf8"))["cells"][0]["source"][-1]
-
-
-def test_a_chapter_with_wrong_markers_leaves_the_old_sheets(chapter, tmp_path):
-    student.write([chapter()], tmp_path / "out", tmp_path)
-    before = contents(tmp_path / "out")
     path = chapter(solution=SOLUTION.replace("### END SOLUTION", ""))
     with pytest.raises(ValueError, match="99_made_up.ipynb makes no sheets"):
-        student.write([path], tmp_path / "out", tmp_path)
-    assert contents(tmp_path / "out") == before
+        student.write([path], tmp_path / "one", tmp_path)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two"), "the old ones stay"
 
 
-RUNS = {
-    "sound": ({}, True, "fails at 99-1-check, as it should"),
-    "a check that accepts the stub": (dict(check="pass"), False, "PASSES"),
+RUNS = {  # what is changed, the sheet that is run, whether it is good, and words
+    "sound": ({}, 0, True, "fails at 99-1-check, as it should"),
+    "a check that accepts the stub": (dict(check="pass"), 0, False, "PASSES"),
     "a cell before the check fails": (
-        dict(before="made = undefined"),
-        False,
+        *(dict(before="made = undefined"), 0, False),
         "FAILS at cell 3, 'made = undefined': NameError",
     ),
     "the check lacks an import": (
-        dict(check="math.isclose(scale(8, 8), 1)"),
-        False,
+        *(dict(check="math.isclose(scale(8, 8), 1)"), 0, False),
         "not for the stub: NameError",
+    ),
+    "the instructor's": ({}, 1, True, "passes"),
+    "a wrong solution": (
+        *(dict(solution=SOLUTION.replace("alpha / r", "alpha")), 1, False),
+        "FAILS at cell 6, 99-1-check",
     ),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_the_students_sheet_tells(name, chapter, tmp_path):
-    changes, good, words = RUNS[name]
-    path = student.write([chapter(**changes)], tmp_path / "out", tmp_path)[0]
+def test_a_run_of_a_sheet_tells(name, chapter, tmp_path):
+    changes, which, good, words = RUNS[name]
+    path = student.write([chapter(**changes)], tmp_path / "out", tmp_path)[which]
     before = path.read_bytes()
-    seconds, place, error = student.run(path)
+    _, place, error = student.run(path)
     fine, said = student.verdict(path, place, error)
     assert fine is good and words in said, said
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_run_of_the_instructors_sheet_tells(broken, chapter, tmp_path):
-    solution = SOLUTION.replace("alpha / r", "alpha") if broken else SOLUTION
-    path = student.write([chapter(solution=solution)], tmp_path / "out", tmp_path)[1]
-    seconds, place, error = student.run(path)
-    fine, said = student.verdict(path, place, error)
-    assert fine is not broken, said
-    assert "FAILS at cell 6, 99-1-check" in said if broken else said == "passes"

@@ -2,6 +2,7 @@
 what the page says of the models that were measured with them."""
 
 import importlib.util
+import math
 
 import bitsandbytes as bnb
 import pytest
@@ -9,13 +10,15 @@ import torch
 from common import (
     BATCH,
     IDS,
+    SMALL,
     Net,
-    assert_one_sentence,
     assert_unchanged,
     bert,
+    by_fault,
     gpt2,
     llama,
     net,
+    refused,
     seeded,
     snapshot,
     t5,
@@ -65,23 +68,17 @@ def norm_outputs(model):
 # Laws: functions of the module alone
 
 
-def test_the_function_is_the_same_in_float64(reference):
+def test_the_function_is_the_same_and_by_powers_of_two_to_the_bit(reference):
     for name, make in MAKERS.items():
-        for s in (200, 1 / 60):
-            model = make().double()
+        for s, dtype, bound in (
+            *((200, torch.float64, 1e-10), (1 / 60, torch.float64, 1e-10)),
+            *((256, torch.float32, 0), (1 / 64, torch.float32, 0)),
+        ):
+            model = make().to(dtype)
             before = answer(model)
             reference.scale_channels(model, s, CHANNELS, inputs=inputs(model))
             off = (answer(model) - before).abs().max() / before.abs().max()
-            assert off < 1e-10, f"{name}, s={s:.3g}: the answer moved by {off:.1e}"
-
-
-def test_a_power_of_two_changes_no_bit(reference):
-    for name, make in MAKERS.items():
-        for s in (256, 1 / 64):
-            model = make().float()
-            before = answer(model)
-            reference.scale_channels(model, s, CHANNELS, inputs=inputs(model))
-            assert torch.equal(answer(model), before), f"{name}, s={s}: not to the bit"
+            assert off <= bound, f"{name}, s={s:.3g}: the answer moved by {off:.1e}"
 
 
 def test_every_norm_grows_at_the_channels_alone(reference):
@@ -118,14 +115,11 @@ def test_the_inverse_takes_it_out(reference):
 
 
 def test_the_readers_are_those_of_the_architecture(reference):
-    found = reference.readers(llama())
-    first = "model.layers.0."
-    assert found[f"{first}input_layernorm"] == [
-        f"{first}self_attn.{n}_proj" for n in "qkv"
-    ]
-    assert found[f"{first}post_attention_layernorm"] == [
-        f"{first}mlp.{n}_proj" for n in ("gate", "up")
-    ]
+    found, first = reference.readers(llama()), "model.layers.0."
+    attention = [f"{first}self_attn.{n}_proj" for n in "qkv"]
+    assert found[f"{first}input_layernorm"] == attention
+    forward = [f"{first}mlp.{n}_proj" for n in ("gate", "up")]
+    assert found[f"{first}post_attention_layernorm"] == forward
     assert "model.norm" not in found, "the head is sliced off before it reads"
 
 
@@ -153,23 +147,23 @@ class Small(nn.Module):
         self.unused = nn.LayerNorm(n)
 
     def forward(self, ids):
-        x = self.embed(ids)
-        y = self.norm(x)
+        y = self.norm(self.embed(ids))
         z = torch.tanh(self.fc(y))
-        if self.wrong == "residual":
-            z = z + y
-        if self.wrong == "fed twice":
-            z = self.fc(z)
-        if self.wrong == "attention":
-            z = z + self.mha(y, y, y)[0]
-        if self.wrong == "attribute":
-            z = z + self.out(y.mT.mT)
-        if self.wrong == "view":
-            z = z + self.out(y[:, 1:]).sum()
+        if self.wrong in READS:
+            z = READS[self.wrong](self, y, z)
         z = self.out(z)
         return (z, [y]) if self.wrong == "returned" else z
 
 
+READS = {  # what else a model does with the norm's output, y
+    "residual": lambda m, y, z: z + y,
+    "attention": lambda m, y, z: z + m.mha(y, y, y)[0],
+    "view": lambda m, y, z: z + m.out(y[:, 1:]).sum(),
+    "attribute": lambda m, y, z: z + m.out(y.mT.mT),
+    "fed twice": lambda m, y, z: m.fc(z),
+    "linear": lambda m, y, z: nn.functional.linear(z, m.fc.weight.T),
+    "norm": lambda m, y, z: z * m.norm.weight,
+}
 WRONG = {
     "residual": "read by `add`",
     "returned": "read by the caller",
@@ -178,15 +172,13 @@ WRONG = {
     "attribute": "read by `mT`",
     "fed twice": "fc reads something else too",
     "tied": "fc and out share one weight",
+    "linear": "the weight of fc is also read by",
+    "norm": "the weight of norm is also read by",
 }
 
 
-def refuses(reference, model, sample, match, norms=None):
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match) as error:
-        reference.scale_channels(model, 200, [1], norms, sample)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+def refuses(reference, model, sample, words, norms=None):
+    refused(model, words, reference.scale_channels, 200, [1], norms, sample)
 
 
 def test_a_norm_that_anything_else_reads_is_refused(reference):
@@ -204,9 +196,8 @@ def test_berts_norms_are_refused_as_the_residual_reads_them(reference):
 
 
 def test_a_norm_whose_weight_is_no_factor_is_refused(reference):
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=64, head_dim=8)
-    more = dict(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1)
-    gemma = seeded(GemmaForCausalLM(GemmaConfig(**sizes, **more)))
+    heads = dict(head_dim=8, num_attention_heads=4, num_key_value_heads=1)
+    gemma = seeded(GemmaForCausalLM(GemmaConfig(**SMALL, **heads)))
     refuses(reference, gemma, None, "1 \\+ weight", ["input_layernorm"])
 
 
@@ -224,124 +215,64 @@ def test_packed_and_wrapped_readers_are_refused_by_their_kind(reference):
 
 
 def test_what_the_dtype_cannot_hold_is_refused(reference):
-    for s in (1e40, 1e-40):
-        refuses_s(reference, llama(), s, "out of what torch.float32 can hold")
-    for s in (2e4, 1e-6):  # small columns become zero; large ones become infinite
-        refuses_s(reference, llama().half(), s, "out of what torch.float16 can hold")
+    for s, dtype in (
+        *((1e40, torch.float32), (1e-40, torch.float32)),
+        *((2e4, torch.float16), (1e-6, torch.float16)),  # columns are zero or infinite
+    ):
+        words = f"out of what {dtype} can hold"
+        refused(llama().to(dtype), words, reference.scale_channels, s, range(32))
 
 
-def refuses_s(reference, model, s, match):
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match):
-        reference.scale_channels(model, s, range(32))
-    assert_unchanged(model, before)
-
-
-class Lends(nn.Module):
-    """A linear's or a norm's weight is read outside its layer."""
-
-    def __init__(self, lends):
-        super().__init__()
-        self.norm, self.linear, self.lends = nn.LayerNorm(8), nn.Linear(8, 16), lends
-
-    def forward(self, x):
-        y = self.linear(self.norm(x))
-        if self.lends == "linear":
-            return nn.functional.linear(y, self.linear.weight.T)
-        return y.sum(-1, keepdim=True) + x * self.norm.weight
-
-
-def test_a_weight_that_is_read_outside_its_layer_is_refused(reference):
-    for lends in ("linear", "norm"):
-        model = Lends(lends)
-        before = snapshot(model)
-        words = f"the weight of {lends} is also read by"
-        with pytest.raises(ValueError, match=words) as error:
-            reference.scale_channels(model, 2.0, [1], inputs=torch.randn(4, 8))
-        assert_one_sentence(error)
-        assert_unchanged(model, before)
-
-
-FORMULA = 'fresh[f"{reader}.weight"] = m.weight, m.weight / fits'
-MUTATIONS = {
-    "the columns are multiplied": (
-        test_the_function_is_the_same_in_float64,
-        {"m.weight / fits": "m.weight * fits"},
-    ),
-    "the columns stay as they are": (
-        test_a_power_of_two_changes_no_bit,
-        {FORMULA: "pass"},
-    ),
-    "one reader is forgotten": (
-        test_the_function_is_the_same_in_float64,
-        {"for reader in found[norm]:": "for reader in found[norm][1:] or found[norm]:"},
-    ),
-    "LayerNorm's bias is left out": (
-        test_the_function_is_the_same_in_float64,
-        {"p, p * scale": "p, p * scale if name == 'weight' else p"},
-    ),
-    "a Conv1D is divided along its outputs": (
-        test_the_function_is_the_same_in_float64,
-        {"scale[:, None] if": "scale if"},
-    ),
-    "only the first norm is scaled": (
-        test_every_norm_grows_at_the_channels_alone,
-        {"return list(found)": "return list(found)[:1]"},
-    ),
-    "every channel is scaled": (
-        test_nothing_else_is_touched,
-        {"scale[channels] = s": "scale[:] = s"},
-    ),
-    "a second call starts from the first one's scale": (
-        test_the_inverse_takes_it_out,
-        {"scale[channels] = s": "scale[channels] = max(s, 1)"},
-    ),
-    "the last reader is not seen": (
-        test_the_readers_are_those_of_the_architecture,
-        {"if norm in norms]": "if norm in norms][:2]"},
-    ),
-    "the hooks stay": (test_looking_leaves_no_trace, {"handle.remove()": "pass"}),
-    "the model stays in eval mode": (
-        test_looking_leaves_no_trace,
-        {"m.training = True": "pass"},
-    ),
-    "functions are not watched": (
-        test_berts_norms_are_refused_as_the_residual_reads_them,
-        {"if self.inside not in self.linears:": "if False:"},
-    ),
-    "the caller is not watched": (
-        test_a_norm_that_anything_else_reads_is_refused,
-        {'watch.read("the caller", out)': "pass"},
-    ),
-    "a tied weight is divided": (
-        test_a_norm_that_anything_else_reads_is_refused,
-        {"if len(shared := owners[weight.data_ptr()]) > 1:": "if False:"},
-    ),
-    "a linear with another input is divided": (
-        test_a_norm_that_anything_else_reads_is_refused,
-        {"!= {norm}]": "== set()]"},
-    ),
-    "Gemma's norm is taken for Llama's": (
-        test_a_norm_whose_weight_is_no_factor_is_refused,
-        {"if not _doubles(": "if False and not _doubles("},
-    ),
-    "packed linears are not told apart": (
-        test_packed_and_wrapped_readers_are_refused_by_their_kind,
-        {'elif hasattr(m, "in_features"):': "elif False:"},
-    ),
-    "overflow passes": (
-        test_what_the_dtype_cannot_hold_is_refused,
-        {"not new.isfinite().all() or ": ""},
-    ),
-    "weights are not watched": (
-        test_a_weight_that_is_read_outside_its_layer_is_refused,
-        {"for path in read - {None, self.inside}:": "for path in ():"},
-    ),
-    "underflow passes": (
-        test_what_the_dtype_cannot_hold_is_refused,
-        {" or not torch.equal(new == 0, old == 0)": ""},
-    ),
+EVERY = "for reader in found[norm]"
+BROKEN = {
+    test_the_function_is_the_same_and_by_powers_of_two_to_the_bit: {
+        "the columns are multiplied": {"m.weight / fits": "m.weight * fits"},
+        "the columns stay as they are": {"m.weight / fits": "m.weight"},
+        "one reader is forgotten": {EVERY: f"{EVERY}[1:] or found[norm]"},
+        "LayerNorm's bias is left out": {"p, p * s": "p, p if 'b' in name else p * s"},
+        "a Conv1D is divided along its outputs": {"scale[:, None] if": "scale if"},
+    },
+    test_every_norm_grows_at_the_channels_alone: {
+        "only the first norm is scaled": {"return list(found)": "return [*found][:1]"},
+    },
+    test_nothing_else_is_touched: {
+        "every channel is scaled": {"scale[channels] = s": "scale[:] = s"},
+    },
+    test_the_inverse_takes_it_out: {
+        "a second call starts from the first one's scale": {
+            "] = s\n": "] = max(s, 1)\n"
+        },
+    },
+    test_the_readers_are_those_of_the_architecture: {
+        "the last reader is not seen": {"if norm in norms]": "if norm in norms][:2]"},
+    },
+    test_looking_leaves_no_trace: {
+        "the hooks stay": {"handle.remove()": "pass"},
+        "the model stays in eval mode": {"m.training = True": "pass"},
+    },
+    test_berts_norms_are_refused_as_the_residual_reads_them: {
+        "functions are not watched": {
+            "if self.inside not in self.lin": "if () and self.lin"
+        },
+    },
+    test_a_norm_that_anything_else_reads_is_refused: {
+        "the caller is not watched": {'watch.read("the caller", out)': "pass"},
+        "a tied weight is divided": {"data_ptr()]) > 1": "data_ptr()]) > 9"},
+        "a linear with another input is divided": {"!= {norm}]": "== set()]"},
+        "weights are not watched": {"in read - {None, self.inside}:": "in ():"},
+    },
+    test_a_norm_whose_weight_is_no_factor_is_refused: {
+        "Gemma's norm is taken for Llama's": {"if not _doubles(": "if 0 and _doubles("},
+    },
+    test_packed_and_wrapped_readers_are_refused_by_their_kind: {
+        "packed linears are not told apart": {"elif hasattr(m": "elif 0 and (m"},
+    },
+    test_what_the_dtype_cannot_hold_is_refused: {
+        "overflow passes": {"not new.isfinite().all() or ": ""},
+        "underflow passes": {" or not torch.equal(new == 0, old == 0)": ""},
+    },
 }
+MUTATIONS = by_fault(BROKEN)
 
 
 @pytest.mark.parametrize("what", MUTATIONS)
@@ -365,47 +296,27 @@ def test_a_law_finds(what, tmp_path):
 # Bad input, and tiny-decoder itself
 
 BAD = {
-    "s is zero": (dict(s=0), "s must be a positive number, not 0"),
-    "s is negative": (dict(s=-2), "positive number, not -2"),
-    "s is infinite": (dict(s=float("inf")), "positive number, not inf"),
-    "s is no number": (dict(s="2"), "positive number, not '2'"),
-    "s is a truth value": (dict(s=True), "positive number, not True"),
-    "no channel": (dict(channels=[]), "from 0 to 31 for .*, and at least one, not"),
-    "a channel too high": (dict(channels=[3, 32]), "numbers from 0 to 31"),
-    "a channel below zero": (dict(channels=[-1]), "numbers from 0 to 31"),
-    "a channel is a float": (dict(channels=[1.0]), "numbers from 0 to 31"),
-    "channels is a number": (dict(channels=1), "must be a list of whole numbers"),
-    "no channels at all": (dict(channels=None), "must be a list of whole numbers"),
-    "inputs is a text": (dict(inputs="a line"), "a tensor, or a dict of tensors"),
-    "a list of inputs": (dict(inputs=[1, 2]), "a tensor, or a dict of tensors"),
-    "a norm by its number": (dict(norms=[0]), "norms must be a list of names"),
-    "no norms": (dict(norms=[]), "norms must be a list of names"),
-    "norms is one string": (dict(norms="input_layernorm"), "must be a list of names"),
-    "an unknown norm": (dict(norms=["ln_1"]), "no norm is named 'ln_1'; there are: in"),
-    "a half-wrong list": (dict(norms=["input_layernorm", "x"]), "is named 'x'"),
-    "the last norm": (dict(norms=["model.norm"]), "model.norm cannot be scaled"),
+    "s must be a positive number, not": ("s", [0, -2, math.inf, "2", True]),
+    "from 0 to 31 for .*, and at least": ("channels", [[], [3, 32], [-1], [1.0]]),
+    "must be a list of whole numbers": ("channels", [1, None]),
+    "a tensor, or a dict of tensors": ("inputs", ["a line", [1, 2]]),
+    "norms must be a list of names": ("norms", [[0], [], "input_layernorm"]),
+    "no norm is named 'x'; there are: in": ("norms", [["x"], ["input_layernorm", "x"]]),
+    "model.norm cannot be scaled": ("norms", [["model.norm"]]),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_gets_one_sentence(what):
-    settings, match = BAD[what]
-    model = llama()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=match) as error:
-        outliers.scale_channels(model, **dict(s=200, channels=[1]) | settings)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+def test_bad_input_gets_one_sentence():
+    for words, (name, values) in BAD.items():
+        for value in values:
+            settings = {"s": 200, "channels": [1], name: value}
+            refused(llama(), words, outliers.scale_channels, **settings)
 
 
-def test_a_model_without_sample_inputs_asks_for_some():
-    with pytest.raises(ValueError, match="give inputs"):
-        outliers.readers(net())
-
-
-def test_the_inputs_may_be_a_dict_or_a_tensor():
+def test_the_inputs_may_be_a_dict_or_a_tensor_and_may_be_needed():
     model = llama()
     assert outliers.readers(model, BATCH) == outliers.readers(model, BATCH["input_ids"])
+    refused(net(), "give inputs", outliers.readers)
 
 
 def test_in_float32_the_answer_of_tiny_decoder_stays_and_its_activations_do_not():
@@ -468,19 +379,12 @@ def test_the_rate_comes_from_dev_records_and_is_inside_the_sweep(stored):
     assert sum(tried[best]) == max(map(sum, tried.values()))
 
 
-def test_without_outliers_there_is_nothing_to_lose(figures):
+def test_outliers_leave_the_function_break_int8_and_the_threshold_repairs_it(figures):
     for method in sweep.LAYERS:
-        assert figures[f"none.{method}.dates"] >= 0.99
-
-
-def test_outliers_leave_the_function_as_it_is(figures):
+        assert figures[f"none.{method}.dates"] >= 0.99, "without them nothing is lost"
     for name in sweep.CASES:
         assert figures[f"{name}.moved"] < 1e-6
-        if f"{name}.plain.dates" in figures:
-            assert figures[f"{name}.plain.loss"] == 0
-
-
-def test_outliers_break_naive_int8_and_the_threshold_repairs_it(figures):
+        assert figures.get(f"{name}.plain.loss", 0) == 0
     assert figures["outliers.naive.dates"] < 0.6
     assert figures["outliers.naive.dates.highest"] < 0.95, "each channel breaks it"
     assert figures["outliers.naive.loss.low"] > 0.2
@@ -488,6 +392,11 @@ def test_outliers_break_naive_int8_and_the_threshold_repairs_it(figures):
     assert figures["outliers.threshold.dates"] > 0.95 * plain
     assert figures["outliers.threshold.over naive.low"] > 0.2
     assert figures["outliers.NF4.dates"] > 0.95 * plain, "NF4 minds no activations"
+    assert figures["outliers.emptied.dates"] > 0.95, "one channel is not needed"
+    # what sits in many scaled columns is lost in part
+    assert figures["sixteen outliers.naive.dates"] < 0.05
+    assert figures["sixteen outliers.threshold.loss.low"] > 0
+    assert figures["sixteen outliers.threshold.over emptied.low"] > 0
 
 
 def test_shrunken_channels_break_nf4_and_qlora_wins_the_dates_back(figures):
@@ -499,13 +408,6 @@ def test_shrunken_channels_break_nf4_and_qlora_wins_the_dates_back(figures):
     refusals = {m: figures[f"shrunken.{m}.refuse"] for m in ("plain", "NF4", "QLoRA")}
     assert refusals["plain"] > 0.95
     assert refusals["QLoRA"] < 0.6 and refusals["NF4"] < 0.6, "not won back"
-
-
-def test_what_sits_in_many_scaled_columns_is_lost_in_part(figures):
-    assert figures["outliers.emptied.dates"] > 0.95, "one channel is not needed"
-    assert figures["sixteen outliers.naive.dates"] < 0.05
-    assert figures["sixteen outliers.threshold.loss.low"] > 0
-    assert figures["sixteen outliers.threshold.over emptied.low"] > 0
 
 
 def test_kurtosis_alone_does_not_say_what_nf4_breaks(stored, figures):
@@ -528,17 +430,16 @@ def test_kurtosis_alone_does_not_say_what_nf4_breaks(stored, figures):
     least = min(r["output"] for r in rest)
     assert sum(r["output"] < least for r in top) == 5
     touched = [r for r in stored["linears"] if r["model"] == "inserted"]
-    touched = [
-        r for r in touched if r["path"].split(".")[-1] not in ("o_proj", "down_proj")
-    ]
+    others = ("o_proj", "down_proj")
+    touched = [r for r in touched if not r["path"].endswith(others)]
     assert len(touched) == 20 and min(r["output"] for r in touched) > 0.2
     assert max(r["weights"] for r in touched) < 0.15, "its own error hardly shows it"
 
 
-@pytest.mark.parametrize(
-    "name, method",
-    [("outliers", "naive"), ("outliers", "threshold"), ("shrunken", "NF4")],
-)
+LIVE = [("outliers", "naive"), ("outliers", "threshold"), ("shrunken", "NF4")]
+
+
+@pytest.mark.parametrize("name, method", LIVE)
 def test_one_point_of_each_run_live_gives_the_stored_bits(stored, name, method):
     (run,) = results.where(stored["runs"], inserted=name, method=method, seed=0)
     model, tokenizer = sweep.with_outliers(name, 0)
@@ -548,21 +449,22 @@ def test_one_point_of_each_run_live_gives_the_stored_bits(stored, name, method):
 
 
 def test_minilms_weights_are_weighed_the_same_live(stored):
-    minilm = base_models.load_minilm("cpu")
-    fresh = {r["path"]: r for r in sweep.weigh("MiniLM", *minilm)}
-    for row in stored["linears"]:
-        if row["model"] == "MiniLM":
-            for key in ("kurtosis", "largest", "weights", "output"):
-                near = pytest.approx(row[key], rel=0.02, abs=1e-3)
-                assert fresh[row["path"]][key] == near, f"{row['path']}: {key}"
+    minilm, tokenizer = base_models.load_minilm("cpu")
+    minilm.encoder.layer = minilm.encoder.layer[:2]  # what comes later changes nothing
+    minilm.pooler = None
+    rows = {(r["model"], r["path"]): r for r in stored["linears"]}
+    fresh = sweep.weigh("MiniLM", minilm, tokenizer)
+    assert len(fresh) == 12
+    for row in fresh:
+        for key in ("kurtosis", "largest", "weights", "output"):
+            near = pytest.approx(rows["MiniLM", row["path"]][key], rel=0.02, abs=1e-3)
+            assert row[key] == near, f"{row['path']}: {key}"
 
 
 def test_excess_kurtosis_is_known_for_three_distributions():
     dice = torch.Generator().manual_seed(0)
-    normal, uniform = (
-        torch.randn(10**6, generator=dice),
-        torch.rand(10**6, generator=dice),
-    )
+    normal = torch.randn(10**6, generator=dice)
+    uniform = torch.rand(10**6, generator=dice)
     assert sweep.excess_kurtosis(normal) == pytest.approx(0, abs=0.02)
     assert sweep.excess_kurtosis(5 * normal + 3) == pytest.approx(0, abs=0.02)
     assert sweep.excess_kurtosis(uniform) == pytest.approx(-1.2, abs=0.01)
