@@ -17,6 +17,7 @@ from common import (
     assert_same_merged,
     assert_same_training,
     assert_unchanged,
+    by_fault,
     jiggle,
     net,
     snapshot,
@@ -328,138 +329,113 @@ TURNED = "turned = y + (self.scaling * low) @ self.lora_B.T"
 ADD_BIAS = "if self.base.bias is not None:\n            z = z + self.base.bias"
 LONG = "self.turned() * (self.dora_m / self.norm())[:, None]"
 NORM = "return torch.linalg.vector_norm(W, dim=1).clamp_min(torch.finfo(W.dtype).tiny)"
-STARTS = test_the_length_starts_as_each_outputs_norm
-EQUATION = test_each_output_is_a_length_times_a_direction
-GRADIENT = test_the_norm_is_a_constant_to_the_gradient
-FIRST = test_the_first_gradient_reaches_b_and_m_and_not_a
-LENGTH = test_a_merged_row_is_as_long_as_m_says
-ZEROS = test_a_row_of_zeros_stays_finite_and_can_learn
-CANCELLED = test_a_row_that_is_nearly_cancelled_keeps_its_length
-MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
-ONLY = every.test_only_what_the_state_dict_names_trains
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "alpha / r is missing": (EQUATION, {"scaling = alpha / r": "scaling = 1.0"}),
-    "the scaling is forgotten in the norm": (
-        EQUATION,
-        {CHANGE: "(self.lora_B @ self.lora_A)"},
-    ),
-    "the scaling is forgotten in the direction": (
-        EQUATION,
-        {"(self.scaling * low)": "low"},
-    ),
-    "the norm is W's alone": (EQUATION, {f"return W + {CHANGE}": "return W"}),
-    "the norm is of the columns": (STARTS, {"(W, dim=1)": "(W, dim=0)"}),
-    "the norm is of the whole matrix": (
-        STARTS,
-        {"vector_norm(W, dim=1)": "vector_norm(W).expand(len(W)).clone()"},
-    ),
-    "the norm is missing": (EQUATION, {FACTOR: "self.dora_m"}),
-    "the length is missing": (EQUATION, {FACTOR: "(1 / self.norm())"}),
-    "both are missing: it is LoRA": (EQUATION, {f" * {FACTOR}": ""}),
-    "it divides by m": (EQUATION, {FACTOR: "(self.norm() / self.dora_m)"}),
-    "the bias is scaled along": (
-        EQUATION,
-        {LINEAR: "self.base(x)", ADD_BIAS: "pass"},
-    ),
-    "the bias is forgotten": (
-        every.test_adding_changes_no_output,
-        {ADD_BIAS: "pass"},
-    ),
-    "only the change is scaled, not W": (
-        EQUATION,
-        {
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_each_output_is_a_length_times_a_direction: {
+        "alpha / r is missing": {"scaling = alpha / r": "scaling = 1.0"},
+        "the scaling is forgotten in the norm": {CHANGE: "(self.lora_B @ self.lora_A)"},
+        "the scaling is forgotten in the direction": {"(self.scaling * low)": "low"},
+        "the norm is W's alone": {f"return W + {CHANGE}": "return W"},
+        "the norm is missing": {FACTOR: "self.dora_m"},
+        "the length is missing": {FACTOR: "(1 / self.norm())"},
+        "both are missing: it is LoRA": {f" * {FACTOR}": ""},
+        "it divides by m": {FACTOR: "(self.norm() / self.dora_m)"},
+        "the bias is scaled along": {LINEAR: "self.base(x)", ADD_BIAS: "pass"},
+        "only the change is scaled, not W": {
             TURNED: TURNED.replace("y + ", ""),
             f"turned * {FACTOR}": f"y + turned * {FACTOR}",
         },
-    ),
-    "the branch is dead": (EQUATION, {TURNED: "turned = y + 0 * low.sum()"}),
-    "a Conv1D is untransposed": (
-        STARTS,
-        {"layer.weight.T if _is_conv1d(layer) else layer.weight": "layer.weight"},
-    ),
-    "the norm is attached to the gradient": (GRADIENT, {DETACHED: ""}),
-    "the whole factor is detached": (GRADIENT, {FACTOR: f"{FACTOR}.detach()"}),
-    "the direction is detached": (
-        GRADIENT,
-        {"(self.scaling * low)": "(self.scaling * low.detach())"},
-    ),
-    "m starts at one": (
-        every.test_adding_changes_no_output,
-        {"nn.Parameter(self.norm())": "nn.Parameter(torch.ones(n_out, **like))"},
-    ),
-    "A and B are both zero": (
-        FIRST,
-        {"kaiming_uniform_(self.lora_A, a=math.sqrt(5))": "zeros_(self.lora_A)"},
-    ),
-    "B starts random": (FIRST, {"torch.zeros(n_out": "torch.randn(n_out"}),
-    "A starts from another width": (
-        test_a_starts_uniform_within_one_over_the_root_of_its_width,
-        {"a=math.sqrt(5)": "a=0"},
-    ),
-    "a row of zeros is 0 / 0": (ZEROS, {".clamp_min(torch.finfo(W.dtype).tiny)": ""}),
-    "the square is expanded": (
-        CANCELLED,
-        {
+        "the branch is dead": {TURNED: "turned = y + 0 * low.sum()"},
+    },
+    test_the_length_starts_as_each_outputs_norm: {
+        "the norm is of the columns": {"(W, dim=1)": "(W, dim=0)"},
+        "the norm is of the whole matrix": {
+            "vector_norm(W, dim=1)": "vector_norm(W).expand(len(W)).clone()"
+        },
+        "a Conv1D is untransposed": {
+            "layer.weight.T if _is_conv1d(layer) else layer.weight": "layer.weight"
+        },
+    },
+    every.test_adding_changes_no_output: {
+        "the bias is forgotten": {ADD_BIAS: "pass"},
+        "m starts at one": {
+            "nn.Parameter(self.norm())": "nn.Parameter(torch.ones(n_out, **like))"
+        },
+    },
+    test_the_norm_is_a_constant_to_the_gradient: {
+        "the norm is attached to the gradient": {DETACHED: ""},
+        "the whole factor is detached": {FACTOR: f"{FACTOR}.detach()"},
+        "the direction is detached": {
+            "(self.scaling * low)": "(self.scaling * low.detach())"
+        },
+    },
+    test_the_first_gradient_reaches_b_and_m_and_not_a: {
+        "A and B are both zero": {
+            "kaiming_uniform_(self.lora_A, a=math.sqrt(5))": "zeros_(self.lora_A)"
+        },
+        "B starts random": {"torch.zeros(n_out": "torch.randn(n_out"},
+    },
+    test_a_starts_uniform_within_one_over_the_root_of_its_width: {
+        "A starts from another width": {"a=math.sqrt(5)": "a=0"}
+    },
+    test_a_row_of_zeros_stays_finite_and_can_learn: {
+        "a row of zeros is 0 / 0": {".clamp_min(torch.finfo(W.dtype).tiny)": ""}
+    },
+    test_a_row_that_is_nearly_cancelled_keeps_its_length: {
+        "the square is expanded": {
             NORM: "base = _weight(self.base)\n        d = W - base\n"
             "        square = (base**2 + 2 * base * d + d**2).sum(1)\n"
             "        return square.clamp_min(torch.finfo(W.dtype).tiny).sqrt()"
+        }
+    },
+    test_a_merged_row_is_as_long_as_m_says: {
+        "merging forgets the length": {LONG: "self.turned() / self.norm()[:, None]"},
+        "merging forgets the norm": {LONG: "self.turned() * self.dora_m[:, None]"},
+        "merging forgets the change": {
+            LONG: LONG.replace("self.turned()", "_weight(self.base)")
         },
-    ),
-    "merging forgets the length": (
-        LENGTH,
-        {LONG: "self.turned() / self.norm()[:, None]"},
-    ),
-    "merging forgets the norm": (
-        LENGTH,
-        {LONG: "self.turned() * self.dora_m[:, None]"},
-    ),
-    "merging forgets the change": (
-        LENGTH,
-        {LONG: LONG.replace("self.turned()", "_weight(self.base)")},
-    ),
-    "merging forgets the scaling": (
-        MERGED,
-        {
+        "merging scales the columns": {LONG: f"{FACTOR} * self.turned()"},
+    },
+    every.test_merged_equals_unmerged_to_1e_10_in_float64: {
+        "merging forgets the scaling": {
             LONG: LONG.replace(
                 "self.turned()",
                 "(self.turned() - (self.scaling - 1) * (self.lora_B @ self.lora_A))",
             )
         },
-    ),
-    "merging is LoRA's": (MERGED, {LONG: "self.turned()"}),
-    "merging scales the columns": (LENGTH, {LONG: f"{FACTOR} * self.turned()"}),
-    "merging rounds twice": (
-        test_merging_takes_a_16_bit_base_once_to_its_own_precision,
-        {
+        "merging is LoRA's": {LONG: "self.turned()"},
+    },
+    test_merging_takes_a_16_bit_base_once_to_its_own_precision: {
+        "merging rounds twice": {
             LONG: LONG.replace(
                 "self.turned()", "self.turned().to(self.base.weight.dtype)"
             )
-        },
-    ),
-    "a packed weight is accepted": (
-        test_a_packed_weight_is_refused,
-        {"if _is_packed(layer.weight):": "if False:"},
-    ),
-    "hooks are lost": (
-        test_a_layer_with_hooks_is_refused,
-        {"if any(hooks) or ": "if False and "},
-    ),
-    "the state dict leaves m out": (
-        ONLY,
-        {'names = ("lora_A", "lora_B", "dora_m")': 'names = ("lora_A", "lora_B")'},
-    ),
-    "m is not loaded": (
-        every.test_the_state_dict_goes_round,
-        {"t.copy_(tensors[name])": 'name.endswith("dora_m") or t.copy_(tensors[name])'},
-    ),
-    "nothing is said where there is no DoRA": (
-        every.test_the_verbs_say_so_where_there_is_nothing,
-        {"    if not layers:\n        name": "    if False:\n        name"},
-    ),
-    "the answer is in float32": (
-        every.test_own_tensors_are_float32_over_a_16_bit_base,
-        {"return z.to(y.dtype)": "return z"},
-    ),
+        }
+    },
+    test_a_packed_weight_is_refused: {
+        "a packed weight is accepted": {"if _is_packed(layer.weight):": "if False:"}
+    },
+    test_a_layer_with_hooks_is_refused: {
+        "hooks are lost": {"if any(hooks) or ": "if False and "}
+    },
+    every.test_only_what_the_state_dict_names_trains: {
+        "the state dict leaves m out": {
+            'names = ("lora_A", "lora_B", "dora_m")': 'names = ("lora_A", "lora_B")'
+        }
+    },
+    every.test_the_state_dict_goes_round: {
+        "m is not loaded": {
+            "t.copy_(tensors[name])": 'name.endswith("dora_m") or t.copy_(tensors[name])'
+        }
+    },
+    every.test_the_verbs_say_so_where_there_is_nothing: {
+        "nothing is said where there is no DoRA": {
+            "    if not layers:\n        name": "    if False:\n        name"
+        }
+    },
+    every.test_own_tensors_are_float32_over_a_16_bit_base: {
+        "the answer is in float32": {"return z.to(y.dtype)": "return z"}
+    },
 }
+MUTATIONS = by_fault(BROKEN)

@@ -20,6 +20,7 @@ from common import (
     Net,
     assert_one_sentence,
     assert_unchanged,
+    by_fault,
     jiggle,
     net,
     seeded,
@@ -665,227 +666,211 @@ def test_a_four_bit_weight_is_known_by_any_storage(method, storage):
 
 # Broken copies of what surgery.py does, for tests/test_mutations.py: in lora's one file
 
-STRICT = test_loading_is_strict
-LINEAR = test_all_linear_takes_what_has_two_widths
-META = test_a_model_on_the_meta_device_gets_the_same_shapes
-PRECISION = test_own_tensors_are_float32_over_a_16_bit_base
-MERGED = test_merged_equals_unmerged_to_1e_10_in_float64
-PLAIN = test_merging_leaves_plain_frozen_layers
-PARENTS = test_a_linear_with_two_parents_is_wrapped_once_and_merged_once
-
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "the base is not frozen": (
-        test_only_what_the_state_dict_names_trains,
-        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
-    ),
-    "the base trains along": (
-        test_frozen_weights_are_bit_identical_after_training,
-        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
-    ),
-    "new layers are in train mode": (
-        test_the_new_layers_are_in_the_models_mode,
-        {"wrapper.train(layer.training)": "pass"},
-    ),
-    "adding moves the outputs": (
-        test_adding_changes_no_output,
-        {"wrapper.train(layer.training)": "layer.weight.data += 1e-3"},
-    ),
-    "train() merges": (
-        test_train_and_eval_change_no_weight,
-        {
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_only_what_the_state_dict_names_trains: {
+        "the base is not frozen": {
+            "_swap(model.requires_grad_(False), new)": "_swap(model, new)"
+        },
+        "the state dict gives copies": {
+            "name: t.detach() for": "name: t.detach().clone() for"
+        },
+    },
+    test_frozen_weights_are_bit_identical_after_training: {
+        "the base trains along": {
+            "_swap(model.requires_grad_(False), new)": "_swap(model, new)"
+        }
+    },
+    test_the_new_layers_are_in_the_models_mode: {
+        "new layers are in train mode": {"wrapper.train(layer.training)": "pass"}
+    },
+    test_adding_changes_no_output: {
+        "adding moves the outputs": {
+            "wrapper.train(layer.training)": "layer.weight.data += 1e-3"
+        }
+    },
+    test_train_and_eval_change_no_weight: {
+        "train() merges": {
             "    def forward(self, x):": "    def train(self, mode=True):\n"
             "        self.base.weight.data += 1e-3 * (not mode)\n"
             "        return super().train(mode)\n\n"
             "    def forward(self, x):"
-        },
-    ),
-    "a copy is the same layer": (
-        test_a_deepcopy_stands_on_its_own,
-        {
+        }
+    },
+    test_a_deepcopy_stands_on_its_own: {
+        "a copy is the same layer": {
             "    def forward(self, x):": "    def __deepcopy__(self, memo):\n"
             "        return self\n\n    def forward(self, x):"
-        },
-    ),
-    "the new tensors stay in their precision": (
-        test_a_model_can_be_moved_to_another_precision,
-        {
+        }
+    },
+    test_a_model_can_be_moved_to_another_precision: {
+        "the new tensors stay in their precision": {
             "    def forward(self, x):": "    def _apply(self, fn, recurse=True):\n"
             "        self.base._apply(fn)\n        return self\n\n"
             "    def forward(self, x):"
+        }
+    },
+    test_a_linear_with_two_parents_is_wrapped_once_and_merged_once: {
+        "one parent of two is wrapped": {
+            "layers.get(child, child)": "layers.pop(child, child)"
+        }
+    },
+    test_all_linear_takes_what_has_two_widths: {
+        "one width makes a linear": {"if n_out and n_in": "if n_out or n_in"}
+    },
+    test_a_model_on_the_meta_device_gets_the_same_shapes: {
+        "a Conv1D's width is read the wrong way": {
+            "layer.weight.shape[::-1]": "layer.weight.shape"
         },
-    ),
-    "one parent of two is wrapped": (
-        PARENTS,
-        {"layers.get(child, child)": "layers.pop(child, child)"},
-    ),
-    "one width makes a linear": (LINEAR, {"if n_out and n_in": "if n_out or n_in"}),
-    "a Conv1D's width is read the wrong way": (
-        META,
-        {"layer.weight.shape[::-1]": "layer.weight.shape"},
-    ),
-    "new tensors are in the base's 16 bits": (
-        PRECISION,
-        {"torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"},
-    ),
-    "new tensors are on the CPU": (META, {", device=W.device)": ', device="cpu")'}),
-    "the head is in all-linear": (
-        test_all_linear_leaves_out_the_output_head,
-        {"layer is head or ": ""},
-    ),
-    "a target matches the end of a name": (
-        test_a_target_matches_whole_names_from_the_end,
-        {'.endswith(f".{name}")': ".endswith(name)"},
-    ),
-    "full paths are taken for suffixes": (
-        test_full_paths_alone_are_taken_where_they_are_asked_for,
-        {"return path == name": "return path.endswith(name)"},
-    ),
-    "a half-wrong target list is accepted": (
-        test_a_half_wrong_target_list_is_refused,
-        {"if lost:": "if len(targets) == len(lost):"},
-    ),
-    "fused experts are passed over": (
-        test_fused_experts_are_refused_by_their_share,
-        {'"expert" in name and dim == 3': "False"},
-    ),
-    "a method goes on a method": (
-        test_adding_twice_is_refused,
-        {"    if names:\n        what": "    if False:\n        what"},
-    ),
-    "another method goes on a method": (
-        test_a_second_method_is_refused,
-        {'hasattr(type(m), "peft_method")': "isinstance(m, LoRALinear)"},
-    ),
-    "BitFit beneath is not seen": (
-        test_a_second_method_is_refused,
-        {'hasattr(model, "bitfit")': "False"},
-    ),
-    "a container is taken for the model": (
-        test_a_model_in_a_container_is_refused,
-        {"if kind.__name__ in _CONTAINERS:": "if False:"},
-    ),
-    "a compiled model has names of its own": (
-        test_a_compiled_model_has_plain_names,
-        {
-            "model = model._orig_mod": "break",
-            "if kind.__name__ in _CONTAINERS:": "if False:",
+        "new tensors are on the CPU": {", device=W.device)": ', device="cpu")'},
+    },
+    test_own_tensors_are_float32_over_a_16_bit_base: {
+        "new tensors are in the base's 16 bits": {
+            "torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"
         },
-    ),
-    "a container is looked for outside alone": (
-        test_a_model_in_a_container_is_refused,
-        {
+        "merging leaves float32 over a 16-bit base": {
+            "W = W.to(layer.weight.dtype).contiguous()": "W = W.contiguous()"
+        },
+    },
+    test_all_linear_leaves_out_the_output_head: {
+        "the head is in all-linear": {"layer is head or ": ""}
+    },
+    test_a_target_matches_whole_names_from_the_end: {
+        "a target matches the end of a name": {
+            '.endswith(f".{name}")': ".endswith(name)"
+        }
+    },
+    test_full_paths_alone_are_taken_where_they_are_asked_for: {
+        "full paths are taken for suffixes": {
+            "return path == name": "return path.endswith(name)"
+        }
+    },
+    test_a_half_wrong_target_list_is_refused: {
+        "a half-wrong target list is accepted": {
+            "if lost:": "if len(targets) == len(lost):"
+        }
+    },
+    test_fused_experts_are_refused_by_their_share: {
+        "fused experts are passed over": {'"expert" in name and dim == 3': "False"}
+    },
+    test_adding_twice_is_refused: {
+        "a method goes on a method": {
+            "    if names:\n        what": "    if False:\n        what"
+        }
+    },
+    test_a_second_method_is_refused: {
+        "another method goes on a method": {
+            'hasattr(type(m), "peft_method")': "isinstance(m, LoRALinear)"
+        },
+        "BitFit beneath is not seen": {'hasattr(model, "bitfit")': "False"},
+    },
+    test_a_model_in_a_container_is_refused: {
+        "a container is taken for the model": {
+            "if kind.__name__ in _CONTAINERS:": "if False:"
+        },
+        "a container is looked for outside alone": {
             "for path, m in model.named_modules():\n        for": "for path, m in"
             ' [("", model)]:\n        for'
         },
-    ),  # fmt: skip
-    "what is no product is taken": (
-        test_a_layer_that_is_no_product_is_refused_by_name,
-        {"return bool(gap <= rounding * want.abs().max())": "return True"},
-    ),
-    "what returns more than a tensor is taken": (
-        test_a_layer_that_is_no_product_is_refused_by_name,
-        {"than a tensor\n        return False": "\n        return True"},
-    ),
-    "a forward of its own is refused": (
-        test_a_forward_of_its_own_that_is_the_product_is_taken,
-        {"return bool(gap <= rounding": "return bool(gap <= -rounding"},
-    ),
-    "loading lets a name be missing": (
-        STRICT,
-        {
+    },
+    test_a_compiled_model_has_plain_names: {
+        "a compiled model has names of its own": {
+            "model = model._orig_mod": "break",
+            "if kind.__name__ in _CONTAINERS:": "if False:",
+        }
+    },
+    test_a_layer_that_is_no_product_is_refused_by_name: {
+        "what is no product is taken": {
+            "return bool(gap <= rounding * want.abs().max())": "return True"
+        },
+        "what returns more than a tensor is taken": {
+            "than a tensor\n        return False": "\n        return True"
+        },
+    },
+    test_a_forward_of_its_own_that_is_the_product_is_taken: {
+        "a forward of its own is refused": {
+            "return bool(gap <= rounding": "return bool(gap <= -rounding"
+        }
+    },
+    test_loading_is_strict: {
+        "loading lets a name be missing": {
             "if missing or unexpected:": "if unexpected:",
             "for name, t in own.items():\n        got": "for name, t in own.items():\n"
             "        tensors = {name: t, **tensors}\n        got",
         },
-    ),
-    "loading lets the unexpected pass": (
-        STRICT,
-        {"if missing or unexpected:": "if missing:"},
-    ),
-    "loading takes other shapes": (
-        STRICT,
-        {
+        "loading lets the unexpected pass": {
+            "if missing or unexpected:": "if missing:"
+        },
+        "loading takes other shapes": {
             "if got != want:": "if got is None:",
             "t.copy_(tensors[name])": "t.copy_(tensors[name].flatten()[0])",
         },
-    ),
-    "loading copies what fits before it refuses": (
-        test_loading_takes_tensors_only_and_all_or_none,
-        {
+    },
+    test_loading_takes_tensors_only_and_all_or_none: {
+        "loading copies what fits before it refuses": {
             "own.items():\n        got": "own.items():\n"
             "        t.copy_(torch.as_tensor(tensors[name]))\n        got"
+        }
+    },
+    test_the_state_dict_goes_round: {
+        "loading does nothing": {"t.copy_(tensors[name])": "pass"}
+    },
+    test_loading_takes_finite_floats_alone: {
+        "NaN is loaded": {"_check_fits(name, tensors[name], t.dtype)": "pass"},
+        "whole numbers are loaded": {
+            "if not tensors[name].is_floating_point():": "if False:"
         },
-    ),
-    "loading does nothing": (
-        test_the_state_dict_goes_round,
-        {"t.copy_(tensors[name])": "pass"},
-    ),
-    "NaN is loaded": (
-        test_loading_takes_finite_floats_alone,
-        {"_check_fits(name, tensors[name], t.dtype)": "pass"},
-    ),
-    "whole numbers are loaded": (
-        test_loading_takes_finite_floats_alone,
-        {"if not tensors[name].is_floating_point():": "if False:"},
-    ),
-    "the state dict gives copies": (
-        test_only_what_the_state_dict_names_trains,
-        {"name: t.detach() for": "name: t.detach().clone() for"},
-    ),
-    "the whole model has no A": (
-        test_the_whole_model_goes_into_a_safetensors_file,
-        {
+    },
+    test_the_whole_model_goes_into_a_safetensors_file: {
+        "the whole model has no A": {
             "self.lora_A = nn.Parameter(torch.empty(r, n_in, **like))": "self.hidden = "
             "[nn.Parameter(torch.empty(r, n_in, **like))]",
             "    def forward(self, x):": "    lora_A = property(lambda self: "
             "self.hidden[0])\n\n    def forward(self, x):",
-        },
-    ),  # fmt: skip
-    "a Conv1D is merged untransposed": (
-        MERGED,
-        {"W = W.T if _is_conv1d(layer) else W\n    W = W.to": "W = W.to"},
-    ),
-    "merging writes into a tied weight": (
-        test_a_tied_weight_is_left_alone,
-        {
+        }
+    },
+    test_merged_equals_unmerged_to_1e_10_in_float64: {
+        "a Conv1D is merged untransposed": {
+            "W = W.T if _is_conv1d(layer) else W\n    W = W.to": "W = W.to"
+        }
+    },
+    test_a_tied_weight_is_left_alone: {
+        "merging writes into a tied weight": {
             "layer.weight = nn.Parameter(W, requires_grad=False)": "layer.weight.data"
             ".copy_(W)"
+        }
+    },
+    test_merging_leaves_plain_frozen_layers: {
+        "merging leaves the wrappers": {
+            "    return _unwrap(model, kind)": "    return model.requires_grad_(False)"
         },
-    ),
-    "merging leaves float32 over a 16-bit base": (
-        PRECISION,
-        {"W = W.to(layer.weight.dtype).contiguous()": "W = W.contiguous()"},
-    ),
-    "merging leaves the wrappers": (
-        PLAIN,
-        {"    return _unwrap(model, kind)": "    return model.requires_grad_(False)"},
-    ),
-    "merging unfreezes": (
-        PLAIN,
-        {"    return model.requires_grad_(False)": "    return model.requires_grad_()"},
-    ),
-    "merging goes past the dtype": (
-        test_a_merge_past_what_the_dtype_holds_changes_nothing,
-        {"_check_fits(path, m.folded(), m.base.weight.dtype)": "pass"},
-    ),
-    "merging checks and writes layer by layer": (
-        test_a_merge_past_what_the_dtype_holds_changes_nothing,
-        {
+        "merging unfreezes": {
+            "    return model.requires_grad_(False)": "    return model.requires_grad_()"
+        },
+    },
+    test_a_merge_past_what_the_dtype_holds_changes_nothing: {
+        "merging goes past the dtype": {
+            "_check_fits(path, m.folded(), m.base.weight.dtype)": "pass"
+        },
+        "merging checks and writes layer by layer": {
             "_check_fits(path, m.folded(), m.base.weight.dtype)": "_check_fits(path, "
             "m.folded(), m.base.weight.dtype)\n        _set_weight(m.base, m.folded())"
         },
-    ),  # fmt: skip
-    "a layer that is read shows its base": (
-        test_a_layer_that_is_read_and_never_called_has_an_effect,
-        {"folded = wrapper.folded()": "folded = _weight(base)"},
-    ),
-    "a packed layer that is read shows its base": (
-        test_a_packed_layer_that_is_read_has_an_effect,
-        {"if not is_float or ": "if _is_packed(W) or not is_float or "},
-    ),
-    "a fast path sees the base": (
-        test_a_fast_path_gives_the_same_numbers,
-        {"folded = wrapper.folded()": "folded = _weight(base)"},
-    ),
+    },
+    test_a_layer_that_is_read_and_never_called_has_an_effect: {
+        "a layer that is read shows its base": {
+            "folded = wrapper.folded()": "folded = _weight(base)"
+        }
+    },
+    test_a_packed_layer_that_is_read_has_an_effect: {
+        "a packed layer that is read shows its base": {
+            "if not is_float or ": "if _is_packed(W) or not is_float or "
+        }
+    },
+    test_a_fast_path_gives_the_same_numbers: {
+        "a fast path sees the base": {
+            "folded = wrapper.folded()": "folded = _weight(base)"
+        }
+    },
 }
+MUTATIONS = by_fault(BROKEN)

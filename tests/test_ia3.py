@@ -20,6 +20,7 @@ from common import (
     assert_same_merged,
     assert_same_training,
     assert_unchanged,
+    by_fault,
     net,
     snapshot,
     t5,
@@ -454,156 +455,137 @@ SIDE = "if self.feedforward:"
 PRODUCT = "self.ia3_l * _weight(self.base)"
 BIAS = "(self.ia3_l.flatten() * bias).to(bias.dtype)"
 UNDO = "new[base].ia3_l.copy_(1 / vector)"
-START = test_adding_ia3_changes_no_output
-GRADIENT = test_every_vector_gets_a_gradient_at_once
-OUTPUT = test_an_output_vector_rescales_what_comes_out_bias_and_all
-INPUT = test_an_input_vector_rescales_what_goes_in_and_no_bias
-SHAPE = test_the_shape_tells_the_side
-PEFT = test_feedforward_names_may_stand_in_targets_too_as_in_peft
-APART = test_keys_and_values_can_be_told_apart
-MERGED = test_merged_equals_unmerged_on_either_side
-UNDONE = test_unmerging_gives_outputs_weights_and_vectors_back
-REFUSED = test_unmerging_refuses_what_cannot_be_undone
-TIED = test_unmerging_leaves_a_tied_weight_and_a_second_parent_alone
-PRECISION = test_the_vectors_are_float32_over_a_16_bit_base
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "the vectors start at zero": (START, {"torch.ones(": "torch.zeros("}),
-    "the vectors start at random": (START, {"torch.ones(": "torch.rand("}),
-    "the output vector is dead": (GRADIENT, {LEAVES: "return y + 0 * scale.sum()"}),
-    "the input vector is dead": (GRADIENT, {"(scale * x)": "(x + 0 * scale)"}),
-    "the output side leaves the bias out": (
-        OUTPUT,
-        {LEAVES: "return (scale * (y - self.base.bias)).to(y.dtype)"},
-    ),
-    "the output side adds the vector": (OUTPUT, {"(scale * y)": "(y + scale - 1)"}),
-    "the feed-forward side rescales what comes out": (
-        INPUT,
-        {ONES: "(n_out, 1)", SIDE: "if False:"},
-    ),
-    "every vector is on the input side": (OUTPUT, {"m in inputs": "True"}),
-    "every vector is on the output side": (INPUT, {"m in inputs": "False"}),
-    "the two sides are swapped": (SHAPE, {"m in inputs": "m not in inputs"}),
-    "the vectors are flat": (SHAPE, {ONES: "n_in if feedforward else n_out"}),
-    "a Conv1D's width is read the wrong way": (
-        SHAPE,
-        {"layer.weight.shape[::-1]": "layer.weight.shape"},
-    ),
-    "a name in both lists is no feed-forward": (
-        PEFT,
-        {"IA3Linear(m, m in inputs)": "IA3Linear(m, m in inputs and m not in outputs)"},
-    ),
-    "a feed-forward name must stand in targets": (
-        PEFT,
-        {"[*inputs, *outputs]": "outputs"},
-    ),
-    "keys and values are swapped": (
-        APART,
-        {
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_adding_ia3_changes_no_output: {
+        "the vectors start at zero": {"torch.ones(": "torch.zeros("},
+        "the vectors start at random": {"torch.ones(": "torch.rand("},
+    },
+    test_every_vector_gets_a_gradient_at_once: {
+        "the output vector is dead": {LEAVES: "return y + 0 * scale.sum()"},
+        "the input vector is dead": {"(scale * x)": "(x + 0 * scale)"},
+    },
+    test_an_output_vector_rescales_what_comes_out_bias_and_all: {
+        "the output side leaves the bias out": {
+            LEAVES: "return (scale * (y - self.base.bias)).to(y.dtype)"
+        },
+        "the output side adds the vector": {"(scale * y)": "(y + scale - 1)"},
+        "every vector is on the input side": {"m in inputs": "True"},
+    },
+    test_an_input_vector_rescales_what_goes_in_and_no_bias: {
+        "the feed-forward side rescales what comes out": {
+            ONES: "(n_out, 1)",
+            SIDE: "if False:",
+        },
+        "every vector is on the output side": {"m in inputs": "False"},
+    },
+    test_the_shape_tells_the_side: {
+        "the two sides are swapped": {"m in inputs": "m not in inputs"},
+        "the vectors are flat": {ONES: "n_in if feedforward else n_out"},
+        "a Conv1D's width is read the wrong way": {
+            "layer.weight.shape[::-1]": "layer.weight.shape"
+        },
+    },
+    test_feedforward_names_may_stand_in_targets_too_as_in_peft: {
+        "a name in both lists is no feed-forward": {
+            "IA3Linear(m, m in inputs)": "IA3Linear(m, m in inputs and m not in outputs)"
+        },
+        "a feed-forward name must stand in targets": {"[*inputs, *outputs]": "outputs"},
+    },
+    test_keys_and_values_can_be_told_apart: {
+        "keys and values are swapped": {
             "t.copy_(tensors[name])": "t.copy_(tensors[name.replace('k_', 'v_') "
             "if 'k_' in name else name.replace('v_', 'k_')])"
         },
-    ),
-    "one vector for keys and values": (
-        APART,
-        {
+        "one vector for keys and values": {
             "_swap(model.requires_grad_(False), new)": "first = [*new.values()][0]\n"
             "    for layer in new.values():\n"
             "        layer.ia3_l.data = first.ia3_l.data\n"
             "    _swap(model.requires_grad_(False), new)"
         },
-    ),
-    "merging forgets the bias": (MERGED, {BIAS: "bias"}),
-    "merging scales the bias on the input side too": (
-        MERGED,
-        {
+    },
+    test_merged_equals_unmerged_on_either_side: {
+        "merging forgets the bias": {BIAS: "bias"},
+        "merging scales the bias on the input side too": {
             "if bias is None or self.feedforward:": "if bias is None:",
             "if bias is not None and not m.feedforward:": "if bias is not None:",
         },
-    ),
-    "a Conv1D is merged untransposed": (
-        MERGED,
-        {"W = W.T if _is_conv1d(layer) else W\n    W = W.to": "W = W.to"},
-    ),
-    "every weight is scaled on the wrong side": (
-        MERGED,
-        {
+        "a Conv1D is merged untransposed": {
+            "W = W.T if _is_conv1d(layer) else W\n    W = W.to": "W = W.to"
+        },
+        "every weight is scaled on the wrong side": {
             PRODUCT: "_weight(self.base) * (self.ia3_l.T if self.ia3_l.numel() == "
             "len(_weight(self.base)) == _weight(self.base).shape[1] else self.ia3_l)"
         },
-    ),  # fmt: skip
-    "merging changes nothing": (MERGED, {PRODUCT: "_weight(self.base) * 1"}),
-    "merging rounds twice": (
-        test_a_16_bit_base_is_merged_once_to_its_own_precision,
-        {PRODUCT: "self.ia3_l.to(self.base.weight.dtype) * _weight(self.base)"},
-    ),
-    "a bias goes past the dtype": (
-        test_a_bias_past_the_dtype_is_refused_before_anything_changes,
-        {'_check_fits(f"{path}.bias", biases[m], biases[m].dtype)': "pass"},
-    ),
-    "unmerging writes into a tied weight": (
-        TIED,
-        {
+        "merging changes nothing": {PRODUCT: "_weight(self.base) * 1"},
+    },
+    test_a_16_bit_base_is_merged_once_to_its_own_precision: {
+        "merging rounds twice": {
+            PRODUCT: "self.ia3_l.to(self.base.weight.dtype) * _weight(self.base)"
+        }
+    },
+    test_a_bias_past_the_dtype_is_refused_before_anything_changes: {
+        "a bias goes past the dtype": {
+            '_check_fits(f"{path}.bias", biases[m], biases[m].dtype)': "pass"
+        }
+    },
+    test_unmerging_leaves_a_tied_weight_and_a_second_parent_alone: {
+        "unmerging writes into a tied weight": {
             "layer.weight = nn.Parameter(W, requires_grad=False)": "layer.weight.data"
             ".copy_(W)"
         },
-    ),
-    "one parent of two gets the vector back": (
-        TIED,
-        {"layers.get(child, child)": "layers.pop(child, child)"},
-    ),
-    "unmerging multiplies again": (UNDONE, {UNDO: "new[base].ia3_l.copy_(vector)"}),
-    "unmerging leaves the weights": (
-        UNDONE,
-        {"_set_weight(base, m.folded())": "pass"},
-    ),
-    "unmerging takes peft's 1e-8": (
-        UNDONE,
-        {UNDO: "new[base].ia3_l.copy_(1 / (vector + 1e-8))"},
-    ),
-    "unmerging gives back one over the vector": (
-        UNDONE,
-        {"m.ia3_l.copy_(vectors[paths[base]])": "pass"},
-    ),
-    "unmerging leaves the model to train": (
-        test_unmerging_a_model_read_from_a_file_freezes_it,
-        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
-    ),
-    "unmerging divides by zero": (
-        REFUSED,
-        {
+        "one parent of two gets the vector back": {
+            "layers.get(child, child)": "layers.pop(child, child)"
+        },
+    },
+    test_unmerging_gives_outputs_weights_and_vectors_back: {
+        "unmerging multiplies again": {UNDO: "new[base].ia3_l.copy_(vector)"},
+        "unmerging leaves the weights": {"_set_weight(base, m.folded())": "pass"},
+        "unmerging takes peft's 1e-8": {
+            UNDO: "new[base].ia3_l.copy_(1 / (vector + 1e-8))"
+        },
+        "unmerging gives back one over the vector": {
+            "m.ia3_l.copy_(vectors[paths[base]])": "pass"
+        },
+    },
+    test_unmerging_a_model_read_from_a_file_freezes_it: {
+        "unmerging leaves the model to train": {
+            "_swap(model.requires_grad_(False), new)": "_swap(model, new)"
+        }
+    },
+    test_unmerging_refuses_what_cannot_be_undone: {
+        "unmerging divides by zero": {
             "(vector / vector == 1).all()": "True",
             "_check_fits(paths[base], new[base].folded(), base.weight.dtype)": "pass",
         },
-    ),
-    "unmerging takes what is not a number": (
-        REFUSED,
-        {
+        "unmerging takes what is not a number": {
             "(vector / vector == 1).all()": "vector.all()",
             "_check_fits(paths[base], new[base].folded(), base.weight.dtype)": "pass",
         },
-    ),
-    "unmerging passes over unknown names": (REFUSED, {"    if lost:": "    if False:"}),
-    "unmerging is done twice": (
-        REFUSED,
-        {"    if names:\n        what": "    if False:\n        what"},
-    ),
-    "a vector of one number is taken for the input side": (
-        test_one_output_is_told_from_one_input,
-        {"feedforward=vector.shape != (n_out, 1)": "feedforward=len(vector) == 1"},
-    ),
-    "the vectors are in the base's 16 bits": (
-        PRECISION,
-        {"torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"},
-    ),
-    "the vectors are always in float32": (
-        PRECISION,
-        {"torch.float64 if W.dtype == torch.float64 else ": ""},
-    ),
-    "the answer is in float32": (PRECISION, {LEAVES: "return scale * y"}),
-    "the vectors are frozen too": (
-        every.test_only_what_the_state_dict_names_trains,
-        {"for m in layers})": "for m in layers}).requires_grad_(False)"},
-    ),
+        "unmerging passes over unknown names": {"    if lost:": "    if False:"},
+        "unmerging is done twice": {
+            "    if names:\n        what": "    if False:\n        what"
+        },
+    },
+    test_one_output_is_told_from_one_input: {
+        "a vector of one number is taken for the input side": {
+            "feedforward=vector.shape != (n_out, 1)": "feedforward=len(vector) == 1"
+        }
+    },
+    test_the_vectors_are_float32_over_a_16_bit_base: {
+        "the vectors are in the base's 16 bits": {
+            "torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"
+        },
+        "the vectors are always in float32": {
+            "torch.float64 if W.dtype == torch.float64 else ": ""
+        },
+        "the answer is in float32": {LEAVES: "return scale * y"},
+    },
+    every.test_only_what_the_state_dict_names_trains: {
+        "the vectors are frozen too": {
+            "for m in layers})": "for m in layers}).requires_grad_(False)"
+        }
+    },
 }
+MUTATIONS = by_fault(BROKEN)

@@ -20,6 +20,7 @@ from common import (
     assert_one_sentence,
     assert_same_training,
     assert_unchanged,
+    by_fault,
     net,
     seeded,
     snapshot,
@@ -455,114 +456,107 @@ RETURN = "return (y + (self.scaling * low) @ self.lora_B.T).to(y.dtype)"
 KAIMING = "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))"
 DELTA = "self.scaling * (self.lora_B @ self.lora_A)"
 DROPPED = "self.dropout(x.to(self.lora_A.dtype))"
-BYPASS = test_the_bypass_adds_alpha_over_r_times_b_a_x
-RSLORA = test_rslora_scales_by_alpha_over_the_root_of_r
-START = test_adding_lora_changes_no_output
-GRADIENT = test_the_first_gradient_reaches_b_and_not_a
-RANK = test_the_change_after_training_has_rank_r
-MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
-ONLY = test_only_a_and_b_train
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "alpha / r is missing": (BYPASS, {SCALING: "1.0"}),
-    "scaled by alpha": (BYPASS, {SCALING: "alpha"}),
-    "scaled by alpha * r": (BYPASS, {SCALING: "alpha * r"}),
-    "scaled by r / alpha": (BYPASS, {SCALING: "r / alpha"}),
-    "rsLoRA is ignored": (RSLORA, {SCALING: "alpha / r"}),
-    "the bypass is dead": (BYPASS, {RETURN: "return y"}),
-    "the base is dropped": (START, {RETURN: RETURN.replace("y + ", "", 1)}),
-    "the answer is in float32": (
-        every.test_own_tensors_are_float32_over_a_16_bit_base,
-        {RETURN: RETURN.removesuffix(".to(y.dtype)")},
-    ),
-    "A and B are both zero": (GRADIENT, {KAIMING: "self.lora_A.data *= 0"}),
-    "A and B are both random": (START, {"torch.zeros(n_out": "torch.randn(n_out"}),
-    "A is zero and B random": (
-        GRADIENT,
-        {"torch.zeros(n_out": "torch.randn(n_out", KAIMING: "self.lora_A.data *= 0"},
-    ),
-    "A starts from another width": (
-        test_a_starts_uniform_within_one_over_the_root_of_its_width,
-        {"a=math.sqrt(5)": "a=0"},
-    ),
-    "the rank is one too many": (RANK, {"torch.empty(r,": "torch.empty(r := r + 1,"}),
-    "the base is not frozen": (
-        ONLY,
-        {"_swap(model.requires_grad_(False), new)": "_swap(model, new)"},
-    ),
-    "A and B are frozen too": (
-        ONLY,
-        {"p.requires_grad_(True)": "p.requires_grad_(False)"},
-    ),
-    "the product is transposed": (
-        MERGED,
-        {DELTA: "self.scaling * (self.lora_A.T @ self.lora_B.T)"},
-    ),
-    "a square product is transposed": (
-        MERGED,
-        {DELTA: f"(lambda d: d.T if d.shape[0] == d.shape[1] else d)({DELTA})"},
-    ),
-    "a Conv1D's width is read the wrong way": (
-        test_a_conv1d_is_wrapped_by_what_goes_in_and_out,
-        {"layer.weight.shape[::-1]": "layer.weight.shape"},
-    ),
-    "merging forgets the scaling": (MERGED, {DELTA: "self.lora_B @ self.lora_A"}),
-    "merging adds nothing": (MERGED, {f"return W + {DELTA}": "return W"}),
-    "merging rounds twice": (
-        test_merging_takes_a_16_bit_base_once_to_its_own_precision,
-        {DELTA: f"({DELTA}).to(W.dtype)"},
-    ),
-    "merging leaves biases to train": (
-        test_merging_leaves_plain_frozen_layers,
-        {"    return model.requires_grad_(False)": "    return model"},
-    ),
-    "biases train unasked": (
-        test_frozen_weights_are_bit_identical_after_training,
-        {'mode == "all" or': 'mode == "none" or'},
-    ),
-    "dropout stays on in eval mode": (
-        test_dropout_is_off_in_eval_mode,
-        {DROPPED: "nn.functional.dropout(x, 0.5)"},
-    ),
-    "dropout is on in a model that is in eval mode": (
-        test_dropout_is_off_at_once_on_a_model_in_eval_mode,
-        {"wrapper.train(layer.training)": "pass"},
-    ),
-    "dropout is forgotten": (
-        test_dropout_thins_only_the_input_of_the_bypass,
-        {DROPPED: "x.to(self.lora_A.dtype)"},
-    ),
-    "dropout thins the base's input too": (
-        test_dropout_thins_only_the_input_of_the_bypass,
-        {"y = self.base(x)": "y = self.base(x := self.dropout(x))"},
-    ),
-    'bias="all" trains none': (
-        test_bias_all_trains_every_bias_and_no_other_base_weight,
-        {'mode == "all" or ': ""},
-    ),
-    'bias="lora_only" trains all': (
-        test_bias_lora_only_trains_the_biases_of_the_targets,
-        {" and name in plain_names": ""},
-    ),
-    "biases are named as in the wrapper": (
-        test_the_state_dict_names_biases_as_in_the_plain_model,
-        {"plain_names.get(name, name)": "name"},
-    ),
-    "a module called base loses its name": (
-        test_a_module_that_is_called_base_keeps_its_name,
-        {"plain_names.get(name, name)": 'name.replace(".base.bias", ".bias")'},
-    ),
-    "the state dict leaves A out": (
-        test_the_state_dict_goes_round,
-        {'("lora_A", "lora_B")': '("lora_B",)'},
-    ),
-    "biases are not loaded": (
-        test_loading_is_strict,
-        {"own[name] = p if keep_vars else p.detach()": "pass"},
-    ),
-    "the classifier is in all-linear": (
-        test_all_linear_leaves_out_a_classifier_and_a_score,
-        {'{"classifier", "score", ': '{"score", '},
-    ),
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_the_bypass_adds_alpha_over_r_times_b_a_x: {
+        "alpha / r is missing": {SCALING: "1.0"},
+        "scaled by alpha": {SCALING: "alpha"},
+        "scaled by alpha * r": {SCALING: "alpha * r"},
+        "scaled by r / alpha": {SCALING: "r / alpha"},
+        "the bypass is dead": {RETURN: "return y"},
+    },
+    test_rslora_scales_by_alpha_over_the_root_of_r: {
+        "rsLoRA is ignored": {SCALING: "alpha / r"}
+    },
+    test_adding_lora_changes_no_output: {
+        "the base is dropped": {RETURN: RETURN.replace("y + ", "", 1)},
+        "A and B are both random": {"torch.zeros(n_out": "torch.randn(n_out"},
+    },
+    every.test_own_tensors_are_float32_over_a_16_bit_base: {
+        "the answer is in float32": {RETURN: RETURN.removesuffix(".to(y.dtype)")}
+    },
+    test_the_first_gradient_reaches_b_and_not_a: {
+        "A and B are both zero": {KAIMING: "self.lora_A.data *= 0"},
+        "A is zero and B random": {
+            "torch.zeros(n_out": "torch.randn(n_out",
+            KAIMING: "self.lora_A.data *= 0",
+        },
+    },
+    test_a_starts_uniform_within_one_over_the_root_of_its_width: {
+        "A starts from another width": {"a=math.sqrt(5)": "a=0"}
+    },
+    test_the_change_after_training_has_rank_r: {
+        "the rank is one too many": {"torch.empty(r,": "torch.empty(r := r + 1,"}
+    },
+    test_only_a_and_b_train: {
+        "the base is not frozen": {
+            "_swap(model.requires_grad_(False), new)": "_swap(model, new)"
+        },
+        "A and B are frozen too": {"p.requires_grad_(True)": "p.requires_grad_(False)"},
+    },
+    every.test_merged_equals_unmerged_to_1e_10_in_float64: {
+        "the product is transposed": {
+            DELTA: "self.scaling * (self.lora_A.T @ self.lora_B.T)"
+        },
+        "a square product is transposed": {
+            DELTA: f"(lambda d: d.T if d.shape[0] == d.shape[1] else d)({DELTA})"
+        },
+        "merging forgets the scaling": {DELTA: "self.lora_B @ self.lora_A"},
+        "merging adds nothing": {f"return W + {DELTA}": "return W"},
+    },
+    test_a_conv1d_is_wrapped_by_what_goes_in_and_out: {
+        "a Conv1D's width is read the wrong way": {
+            "layer.weight.shape[::-1]": "layer.weight.shape"
+        }
+    },
+    test_merging_takes_a_16_bit_base_once_to_its_own_precision: {
+        "merging rounds twice": {DELTA: f"({DELTA}).to(W.dtype)"}
+    },
+    test_merging_leaves_plain_frozen_layers: {
+        "merging leaves biases to train": {
+            "    return model.requires_grad_(False)": "    return model"
+        }
+    },
+    test_frozen_weights_are_bit_identical_after_training: {
+        "biases train unasked": {'mode == "all" or': 'mode == "none" or'}
+    },
+    test_dropout_is_off_in_eval_mode: {
+        "dropout stays on in eval mode": {DROPPED: "nn.functional.dropout(x, 0.5)"}
+    },
+    test_dropout_is_off_at_once_on_a_model_in_eval_mode: {
+        "dropout is on in a model that is in eval mode": {
+            "wrapper.train(layer.training)": "pass"
+        }
+    },
+    test_dropout_thins_only_the_input_of_the_bypass: {
+        "dropout is forgotten": {DROPPED: "x.to(self.lora_A.dtype)"},
+        "dropout thins the base's input too": {
+            "y = self.base(x)": "y = self.base(x := self.dropout(x))"
+        },
+    },
+    test_bias_all_trains_every_bias_and_no_other_base_weight: {
+        'bias="all" trains none': {'mode == "all" or ': ""}
+    },
+    test_bias_lora_only_trains_the_biases_of_the_targets: {
+        'bias="lora_only" trains all': {" and name in plain_names": ""}
+    },
+    test_the_state_dict_names_biases_as_in_the_plain_model: {
+        "biases are named as in the wrapper": {"plain_names.get(name, name)": "name"}
+    },
+    test_a_module_that_is_called_base_keeps_its_name: {
+        "a module called base loses its name": {
+            "plain_names.get(name, name)": 'name.replace(".base.bias", ".bias")'
+        }
+    },
+    test_the_state_dict_goes_round: {
+        "the state dict leaves A out": {'("lora_A", "lora_B")': '("lora_B",)'}
+    },
+    test_loading_is_strict: {
+        "biases are not loaded": {"own[name] = p if keep_vars else p.detach()": "pass"}
+    },
+    test_all_linear_leaves_out_a_classifier_and_a_score: {
+        "the classifier is in all-linear": {'{"classifier", "score", ': '{"score", '}
+    },
 }
+MUTATIONS = by_fault(BROKEN)

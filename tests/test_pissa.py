@@ -19,6 +19,7 @@ from common import (
     assert_same_merged,
     assert_same_training,
     assert_unchanged,
+    by_fault,
     jiggle,
     net,
     outputs,
@@ -347,113 +348,102 @@ FOLDED = "_weight(self.base) + self.lora_B @ self.lora_A"
 OWN_A, OWN_B = "(root[:, None] * Vh[:r])", "(U[:, :r] * root)"
 LAID_OUT = "W = W.T if _is_conv1d(layer) else W\n    W = W.to"
 ROUND = "W = W.to(layer.weight.dtype).contiguous()"
-IDENTITY = every.test_adding_changes_no_output
-MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
-BACK = test_the_residual_and_b_a_give_the_weight_back
-PRINCIPAL = test_a_and_b_take_the_principal_directions
-EVENLY = test_a_and_b_share_the_singular_values_evenly
-EQUATION = test_a_layer_is_the_residual_plus_b_a
-AS_LORA = test_the_change_as_a_lora_fits_the_original_base
-SIGNS = test_files_pass_between_bases_whose_svd_took_other_signs
-ROUNDED = test_a_16_bit_base_is_split_in_float32_and_rounded_once
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "the residual is not taken off": (IDENTITY, {SPLIT: "_weight(base)"}),
-    "B A is added to the base": (BACK, {SPLIT: SPLIT.replace(" - ", " + ")}),
-    "the base is emptied": (BACK, {SPLIT: "0 * _weight(base)"}),
-    "the smallest directions are taken": (
-        PRINCIPAL,
-        {ROOT: f"U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)\n        {ROOT}"},
-    ),
-    "the directions after the first are taken": (
-        PRINCIPAL,
-        {ROOT: f"U, S, Vh = U[:, 1:], S[1:], Vh[1:]\n        {ROOT}"},
-    ),
-    "the singular values are left out": (PRINCIPAL, {ROOT: "root = S[:r] ** 0"}),
-    "the root is forgotten": (PRINCIPAL, {ROOT: "root = S[:r]"}),
-    "B gets all of S": (
-        EVENLY,
-        {OWN_A: "Vh[:r].clone()", OWN_B: "(U[:, :r] * S[:r])"},
-    ),
-    "A and B are random": (EVENLY, {OWN_A: "torch.randn_like(Vh[:r])"}),
-    "it starts as LoRA does, B zero": (
-        test_the_first_gradient_reaches_a_and_b,
-        {OWN_B: "(U[:, :r] * 0)"},
-    ),
-    "one direction too many is taken": (
-        EVENLY,
-        {"        self.r = r\n": "        self.r = r = r + 1\n"},
-    ),
-    "B A is scaled by two": (
-        EQUATION,
-        {"low @ self.lora_B.T": "2 * low @ self.lora_B.T"},
-    ),
-    "the branch is dead": (EQUATION, {"y + low @ self.lora_B.T": "y"}),
-    "a Conv1D is split untransposed": (
-        EVENLY,
-        {"layer.weight.T if _is_conv1d(layer) else layer.weight": "layer.weight"},
-    ),
-    "a Conv1D's residual is untransposed": (BACK, {LAID_OUT: "W = W.to"}),
-    "A and B are in the base's 16 bits": (
-        every.test_own_tensors_are_float32_over_a_16_bit_base,
-        {ROOT: f"U, S, Vh = (t.to(base.weight) for t in (U, S, Vh))\n        {ROOT}"},
-    ),
-    "float64 is split in float32": (PRINCIPAL, {".to(**_like(base))": ".float()"}),
-    "B A is rounded before it is taken off": (
-        ROUNDED,
-        {SPLIT: "_weight(base) - (m.lora_B @ m.lora_A).to(base.weight.dtype)"},
-    ),
-    "the residual is in float32": (ROUNDED, {ROUND: "W = W.contiguous()"}),
-    "the answer is in float32": (
-        every.test_own_tensors_are_float32_over_a_16_bit_base,
-        {"self.lora_B.T).to(y.dtype)": "self.lora_B.T)"},
-    ),
-    "splitting writes into a tied weight": (
-        every.test_a_tied_weight_is_left_alone,
-        {
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    every.test_adding_changes_no_output: {
+        "the residual is not taken off": {SPLIT: "_weight(base)"}
+    },
+    test_the_residual_and_b_a_give_the_weight_back: {
+        "B A is added to the base": {SPLIT: SPLIT.replace(" - ", " + ")},
+        "the base is emptied": {SPLIT: "0 * _weight(base)"},
+        "a Conv1D's residual is untransposed": {LAID_OUT: "W = W.to"},
+    },
+    test_a_and_b_take_the_principal_directions: {
+        "the smallest directions are taken": {
+            ROOT: f"U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)\n        {ROOT}"
+        },
+        "the directions after the first are taken": {
+            ROOT: f"U, S, Vh = U[:, 1:], S[1:], Vh[1:]\n        {ROOT}"
+        },
+        "the singular values are left out": {ROOT: "root = S[:r] ** 0"},
+        "the root is forgotten": {ROOT: "root = S[:r]"},
+        "float64 is split in float32": {".to(**_like(base))": ".float()"},
+    },
+    test_a_and_b_share_the_singular_values_evenly: {
+        "B gets all of S": {OWN_A: "Vh[:r].clone()", OWN_B: "(U[:, :r] * S[:r])"},
+        "A and B are random": {OWN_A: "torch.randn_like(Vh[:r])"},
+        "one direction too many is taken": {
+            "        self.r = r\n": "        self.r = r = r + 1\n"
+        },
+        "a Conv1D is split untransposed": {
+            "layer.weight.T if _is_conv1d(layer) else layer.weight": "layer.weight"
+        },
+    },
+    test_the_first_gradient_reaches_a_and_b: {
+        "it starts as LoRA does, B zero": {OWN_B: "(U[:, :r] * 0)"}
+    },
+    test_a_layer_is_the_residual_plus_b_a: {
+        "B A is scaled by two": {"low @ self.lora_B.T": "2 * low @ self.lora_B.T"},
+        "the branch is dead": {"y + low @ self.lora_B.T": "y"},
+    },
+    every.test_own_tensors_are_float32_over_a_16_bit_base: {
+        "A and B are in the base's 16 bits": {
+            ROOT: f"U, S, Vh = (t.to(base.weight) for t in (U, S, Vh))\n        {ROOT}"
+        },
+        "the answer is in float32": {"self.lora_B.T).to(y.dtype)": "self.lora_B.T)"},
+    },
+    test_a_16_bit_base_is_split_in_float32_and_rounded_once: {
+        "B A is rounded before it is taken off": {
+            SPLIT: "_weight(base) - (m.lora_B @ m.lora_A).to(base.weight.dtype)"
+        },
+        "the residual is in float32": {ROUND: "W = W.contiguous()"},
+    },
+    every.test_a_tied_weight_is_left_alone: {
+        "splitting writes into a tied weight": {
             "layer.weight = nn.Parameter(W, requires_grad=False)": "layer.weight.data"
             ".copy_(W)"
+        }
+    },
+    test_the_change_as_a_lora_fits_the_original_base: {
+        "the start moves along": {START: START.replace(".clone()", "")},
+        "the start is added, not taken off": {"[B, -B0]": "[B, B0]"},
+        "the start is forgotten": {"[B, -B0]": "[B, 0 * B0]"},
+        "the LoRA is of twice the change": {"[B, -B0]": "[2 * B, -B0]"},
+    },
+    test_files_pass_between_bases_whose_svd_took_other_signs: {
+        "loading takes B alone": {
+            "t.copy_(tensors[name])": 'name[-1] == "B" and t.copy_(tensors[name])'
+        }
+    },
+    every.test_merged_equals_unmerged_to_1e_10_in_float64: {
+        "merging adds nothing": {FOLDED: "_weight(self.base)"},
+        "merging gives the first weights back": {
+            FOLDED: "_weight(self.base) + self.start[1] @ self.start[0]"
         },
-    ),
-    "the start moves along": (AS_LORA, {START: START.replace(".clone()", "")}),
-    "the start is added, not taken off": (AS_LORA, {"[B, -B0]": "[B, B0]"}),
-    "the start is forgotten": (AS_LORA, {"[B, -B0]": "[B, 0 * B0]"}),
-    "the LoRA is of twice the change": (AS_LORA, {"[B, -B0]": "[2 * B, -B0]"}),
-    "loading takes B alone": (
-        SIGNS,
-        {"t.copy_(tensors[name])": 'name[-1] == "B" and t.copy_(tensors[name])'},
-    ),
-    "merging adds nothing": (MERGED, {FOLDED: "_weight(self.base)"}),
-    "merging takes B A off again": (
-        test_adding_and_merging_gives_the_weights_back,
-        {FOLDED: FOLDED.replace(" + ", " - ")},
-    ),
-    "merging gives the first weights back": (
-        MERGED,
-        {FOLDED: "_weight(self.base) + self.start[1] @ self.start[0]"},
-    ),
-    "a rank that is too high is cut": (
-        test_a_rank_above_the_weights_is_refused,
-        {"if r > most:": "if False:"},
-    ),
-    "one target's rank is looked at": (
-        test_a_rank_above_the_weights_is_refused,
-        {"min(min(_shape(m)) for m in layers)": "min(_shape(layers[-1]))"},
-    ),
-    "a packed weight is accepted": (
-        test_a_packed_weight_is_refused,
-        {"if _is_packed(layer.weight):": "if False:"},
-    ),
-    "the residual trains along": (
-        every.test_frozen_weights_are_bit_identical_after_training,
-        {
+    },
+    test_adding_and_merging_gives_the_weights_back: {
+        "merging takes B A off again": {FOLDED: FOLDED.replace(" + ", " - ")}
+    },
+    test_a_rank_above_the_weights_is_refused: {
+        "a rank that is too high is cut": {"if r > most:": "if False:"},
+        "one target's rank is looked at": {
+            "min(min(_shape(m)) for m in layers)": "min(_shape(layers[-1]))"
+        },
+    },
+    test_a_packed_weight_is_refused: {
+        "a packed weight is accepted": {"if _is_packed(layer.weight):": "if False:"}
+    },
+    every.test_frozen_weights_are_bit_identical_after_training: {
+        "the residual trains along": {
             "nn.Parameter(W, requires_grad=False)": "nn.Parameter(W)",
             "_swap(model.requires_grad_(False), new)": "_swap(model, new)",
-        },
-    ),
-    "the state dict leaves A out": (
-        every.test_only_what_the_state_dict_names_trains,
-        {'names = ("lora_A", "lora_B")': 'names = ("lora_B",)'},
-    ),
+        }
+    },
+    every.test_only_what_the_state_dict_names_trains: {
+        "the state dict leaves A out": {
+            'names = ("lora_A", "lora_B")': 'names = ("lora_B",)'
+        }
+    },
 }
+MUTATIONS = by_fault(BROKEN)

@@ -19,6 +19,7 @@ from common import (
     assert_same_merged,
     assert_same_training,
     assert_unchanged,
+    by_fault,
     jiggle,
     net,
     outputs,
@@ -326,133 +327,116 @@ RETURN = f"return ({ADDED}).to(y.dtype)"
 SLICES = "return self.vera_A[:, :n_in], self.vera_B[:n_out]"
 DRAW = 't = torch.empty(shape, dtype=torch.float32, device="cpu")'
 CHANGE = "(self.vera_b[:, None] * B * self.vera_d) @ A"
-STARTS = test_d_starts_at_a_tenth_and_b_at_zero
-FIRST = test_the_first_gradient_reaches_b_and_not_d
-EQUATION = test_a_layer_adds_b_times_big_b_times_d_times_big_a_x
-SHARED = test_all_layers_share_one_frozen_a_and_one_b
-SEED = test_a_and_b_come_from_the_seed_and_nothing_else
-KAIMING = test_a_comes_first_and_both_are_kaimings_uniform
-DEFAULT = test_the_draw_heeds_no_default
-RANK = test_the_change_after_training_has_rank_r
-MERGED = every.test_merged_equals_unmerged_to_1e_10_in_float64
-IN_16_BITS = every.test_own_tensors_are_float32_over_a_16_bit_base
-ONLY = every.test_only_what_the_state_dict_names_trains
-IDENTITY = every.test_adding_changes_no_output
 
-# {what is broken: (the law that goes red, {text: text in its place})}
-MUTATIONS = {
-    "d is forgotten": (EQUATION, {LOW: "low = x.to(A.dtype) @ A.T"}),
-    "b is forgotten": (IDENTITY, {ADDED: "y + low @ B.T"}),
-    "b is at d's place and d at b's": (
-        EQUATION,
-        {
+# {the law that goes red: {what is broken: {text: text in its place}}}
+BROKEN = {
+    test_a_layer_adds_b_times_big_b_times_d_times_big_a_x: {
+        "d is forgotten": {LOW: "low = x.to(A.dtype) @ A.T"},
+        "b is at d's place and d at b's": {
             "self.vera_d = nn.Parameter": "self.vera_x = nn.Parameter",
             "self.vera_b = nn.Parameter": "self.vera_d = nn.Parameter",
             "self.vera_x = nn.Parameter": "self.vera_b = nn.Parameter",
         },
-    ),
-    "b scales what the base says too": (
-        IDENTITY,
-        {ADDED: "(y + low @ B.T) * self.vera_b"},
-    ),
-    "the vectors are squared": (EQUATION, {LOW: f"{LOW} * self.vera_d"}),
-    "the change is divided by r": (EQUATION, {"low @ B.T *": "low @ B.T / len(A) *"}),
-    "the branch is dead": (EQUATION, {RETURN: "return y"}),
-    "the base is dropped": (IDENTITY, {ADDED: f"0 * {ADDED}"}),
-    "a narrow layer takes B's last rows": (
-        EQUATION,
-        {SLICES: SLICES.replace("[:n_out]", "[-n_out:]")},
-    ),
-    "a narrow layer takes A's last columns": (
-        EQUATION,
-        {SLICES: SLICES.replace("[:, :n_in]", "[:, -n_in:]")},
-    ),
-    "each layer has an A and a B of its own": (
-        SHARED,
-        {
+        "the vectors are squared": {LOW: f"{LOW} * self.vera_d"},
+        "the change is divided by r": {"low @ B.T *": "low @ B.T / len(A) *"},
+        "the branch is dead": {RETURN: "return y"},
+        "a narrow layer takes B's last rows": {
+            SLICES: SLICES.replace("[:n_out]", "[-n_out:]")
+        },
+        "a narrow layer takes A's last columns": {
+            SLICES: SLICES.replace("[:, :n_in]", "[:, -n_in:]")
+        },
+    },
+    every.test_adding_changes_no_output: {
+        "b is forgotten": {ADDED: "y + low @ B.T"},
+        "b scales what the base says too": {ADDED: "(y + low @ B.T) * self.vera_b"},
+        "the base is dropped": {ADDED: f"0 * {ADDED}"},
+    },
+    test_all_layers_share_one_frozen_a_and_one_b: {
+        "each layer has an A and a B of its own": {
             "self.frozen = [shared]": "self.frozen = [shared := Shared(shared.vera_A"
             ".data.clone(), shared.vera_B.data.clone())]"
         },
-    ),
-    "every layer holds A and B for torch": (SHARED, {"if owner:": "if True:"}),
-    "a checkpoint holds A and B for each layer": (
-        every.test_the_whole_model_goes_into_a_safetensors_file,
-        {"if owner:": "if True:"},
-    ),
-    "A and B train": (
-        ONLY,
-        {"nn.Parameter(A, requires_grad=False)": "nn.Parameter(A)"},
-    ),
-    "A and B are in the base's 16 bits": (
-        IN_16_BITS,
-        {"torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"},
-    ),
-    "the seed is ignored": (SEED, {"manual_seed(seed)": "manual_seed(0)"}),
-    "torch's own dice are thrown": (SEED, {", generator=generator": ""}),
-    "torch's own dice are seeded": (
-        SEED,
-        {"torch.Generator().manual_seed(seed)": "torch.manual_seed(seed)"},
-    ),
-    "B is drawn first": (
-        KAIMING,
-        {
+        "every layer holds A and B for torch": {"if owner:": "if True:"},
+    },
+    every.test_the_whole_model_goes_into_a_safetensors_file: {
+        "a checkpoint holds A and B for each layer": {"if owner:": "if True:"}
+    },
+    every.test_only_what_the_state_dict_names_trains: {
+        "A and B train": {"nn.Parameter(A, requires_grad=False)": "nn.Parameter(A)"},
+        "the state dict leaves d out": {'("vera_d", "vera_b")': '("vera_b",)'},
+    },
+    every.test_own_tensors_are_float32_over_a_16_bit_base: {
+        "A and B are in the base's 16 bits": {
+            "torch.float64 if W.dtype == torch.float64 else torch.float32": "W.dtype"
+        },
+        "the answer is in float32": {RETURN: RETURN[: -len(".to(y.dtype)")]},
+    },
+    test_a_and_b_come_from_the_seed_and_nothing_else: {
+        "the seed is ignored": {"manual_seed(seed)": "manual_seed(0)"},
+        "torch's own dice are thrown": {", generator=generator": ""},
+        "torch's own dice are seeded": {
+            "torch.Generator().manual_seed(seed)": "torch.manual_seed(seed)"
+        },
+    },
+    test_a_comes_first_and_both_are_kaimings_uniform: {
+        "B is drawn first": {
             "    A = draw(r, n_in)\n    B = draw(n_out, r)\n": "    B = draw(n_out,"
             " r)\n    A = draw(r, n_in)\n"
         },
-    ),
-    "each is drawn from the seed anew": (
-        KAIMING,
-        {DRAW: f"generator.manual_seed(seed)\n        {DRAW}"},
-    ),
-    "A and B are Gaussian": (
-        KAIMING,
-        {"t.uniform_(-bound, bound": "t.normal_(0, bound"},
-    ),
-    "Kaiming's gain is left out": (KAIMING, {"math.sqrt(2) / ": "1 / "}),
-    "the width is of the other side": (KAIMING, {"sqrt(shape[1])": "sqrt(shape[0])"}),
-    "the draw heeds the default dtype": (DEFAULT, {"dtype=torch.float32, ": ""}),
-    "the draw heeds the default device": (DEFAULT, {', device="cpu"': ""}),
-    "the rank is one too many": (
-        RANK,
-        {"A = draw(r, n_in)": "A = draw(r := r + 1, n_in)"},
-    ),
-    "d starts at one": (STARTS, {"(A[:, 0], 0.1)": "(A[:, 0], 1.0)"}),
-    "b starts at one": (STARTS, {"torch.zeros_like(B": "torch.ones_like(B"}),
-    "d starts at zero too": (FIRST, {"(A[:, 0], 0.1)": "(A[:, 0], 0.0)"}),
-    "the answer is in float32": (IN_16_BITS, {RETURN: RETURN[: -len(".to(y.dtype)")]}),
-    "merging forgets d": (MERGED, {CHANGE: "(self.vera_b[:, None] * B) @ A"}),
-    "merging forgets b": (MERGED, {CHANGE: "(B * self.vera_d) @ A"}),
-    "merging adds nothing": (RANK, {f"return W + {CHANGE}": "return W"}),
-    "merging forgets to cut A and B": (
-        MERGED,
-        {
+        "each is drawn from the seed anew": {
+            DRAW: f"generator.manual_seed(seed)\n        {DRAW}"
+        },
+        "A and B are Gaussian": {"t.uniform_(-bound, bound": "t.normal_(0, bound"},
+        "Kaiming's gain is left out": {"math.sqrt(2) / ": "1 / "},
+        "the width is of the other side": {"sqrt(shape[1])": "sqrt(shape[0])"},
+    },
+    test_the_draw_heeds_no_default: {
+        "the draw heeds the default dtype": {"dtype=torch.float32, ": ""},
+        "the draw heeds the default device": {', device="cpu"': ""},
+    },
+    test_the_change_after_training_has_rank_r: {
+        "the rank is one too many": {"A = draw(r, n_in)": "A = draw(r := r + 1, n_in)"},
+        "merging adds nothing": {f"return W + {CHANGE}": "return W"},
+    },
+    test_d_starts_at_a_tenth_and_b_at_zero: {
+        "d starts at one": {"(A[:, 0], 0.1)": "(A[:, 0], 1.0)"},
+        "b starts at one": {"torch.zeros_like(B": "torch.ones_like(B"},
+    },
+    test_the_first_gradient_reaches_b_and_not_d: {
+        "d starts at zero too": {"(A[:, 0], 0.1)": "(A[:, 0], 0.0)"}
+    },
+    every.test_merged_equals_unmerged_to_1e_10_in_float64: {
+        "merging forgets d": {CHANGE: "(self.vera_b[:, None] * B) @ A"},
+        "merging forgets b": {CHANGE: "(B * self.vera_d) @ A"},
+        "merging forgets to cut A and B": {
             "A, B = self.slices()\n        W": "A, B = self.vera_A, self.vera_B\n"
             "        W"
         },
-    ),
-    "merging rounds twice": (
-        test_merging_takes_a_16_bit_base_once_to_its_own_precision,
-        {CHANGE: f"({CHANGE}).to(W.dtype)"},
-    ),
-    "merging stops at a packed weight half-way": (
-        test_merging_refuses_a_packed_weight_before_the_first_layer,
-        {"if _is_packed(layer.weight):": "if False:"},
-    ),
-    "the state dict leaves d out": (ONLY, {'("vera_d", "vera_b")': '("vera_b",)'}),
-    "the state dict holds A and B": (
-        test_the_state_dict_holds_vectors_alone,
-        {'("vera_d", "vera_b")': '("vera_d", "vera_b", "vera_A", "vera_B")'},
-    ),
-    "d is not loaded": (
-        every.test_the_state_dict_goes_round,
-        {"t.copy_(tensors[name])": 'name[-1] == "b" and t.copy_(tensors[name])'},
-    ),
-    "A and B stay behind when the model is moved": (
-        every.test_a_model_can_be_moved_to_another_precision,
-        {"if owner:": "if False:"},
-    ),
-    "A and B are on the CPU": (
-        every.test_a_model_on_the_meta_device_gets_the_same_shapes,
-        {"t.to(**like) for t": "t for t"},
-    ),
+    },
+    test_merging_takes_a_16_bit_base_once_to_its_own_precision: {
+        "merging rounds twice": {CHANGE: f"({CHANGE}).to(W.dtype)"}
+    },
+    test_merging_refuses_a_packed_weight_before_the_first_layer: {
+        "merging stops at a packed weight half-way": {
+            "if _is_packed(layer.weight):": "if False:"
+        }
+    },
+    test_the_state_dict_holds_vectors_alone: {
+        "the state dict holds A and B": {
+            '("vera_d", "vera_b")': '("vera_d", "vera_b", "vera_A", "vera_B")'
+        }
+    },
+    every.test_the_state_dict_goes_round: {
+        "d is not loaded": {
+            "t.copy_(tensors[name])": 'name[-1] == "b" and t.copy_(tensors[name])'
+        }
+    },
+    every.test_a_model_can_be_moved_to_another_precision: {
+        "A and B stay behind when the model is moved": {"if owner:": "if False:"}
+    },
+    every.test_a_model_on_the_meta_device_gets_the_same_shapes: {
+        "A and B are on the CPU": {"t.to(**like) for t": "t for t"}
+    },
 }
+MUTATIONS = by_fault(BROKEN)
