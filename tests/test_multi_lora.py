@@ -6,6 +6,7 @@ on broken copies of multi_lora.py. Messages name the mistake that gives the symp
 
 import copy
 import math
+from unittest.mock import Mock
 
 import common
 import pytest
@@ -388,18 +389,14 @@ def test_wrong_weights_are_refused(multi_lora):
 # What no broken copy is tried on
 
 
-def test_a_crash_in_lora_leaves_the_active_one_on(monkeypatch):
+def test_an_interrupt_in_lora_leaves_the_active_one_on():
     model = full(reference)[0]
-    before, adapters = snapshot(model), held(model)
-
-    def crash(*_):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(surgery, "select", crash)
-    with pytest.raises(MemoryError):
+    before, names = snapshot(model), reference.names(model)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(surgery, "select", Mock(side_effect=KeyboardInterrupt))
         reference.add(model, "sw", ["q_proj"])
     assert_unchanged(model, before)
-    assert reference.active(model) == "tr" and held(model).keys() == adapters.keys()
+    assert reference.active(model) == "tr" and reference.names(model) == names
 
 
 def test_a_compiled_model_has_plain_names():
@@ -453,8 +450,8 @@ def test_adapters_go_to_files_and_come_back_under_names(tmp_path):
 def peft_twin(model, adapters):
     """peft's model with the same adapters as ours."""
     twin = None
-    for name, (targets, r, tensors) in adapters.items():
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)
+    for name, (targets, tensors) in adapters.items():
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
         if twin is None:
             twin = get_peft_model(model, config, adapter_name=name)
         else:
@@ -477,38 +474,23 @@ def test_switching_and_combining_give_the_numbers_of_pefts(family, tmp_path):
     model, adapters = MODELS[family](), {}
     plain, names = copy.deepcopy(model), PARTS[family]
     for seed, (name, targets) in enumerate({"fi": names, "pl": names[:2]}.items()):
-        r = 4 + seed
-        fill(reference.add(model, name, targets, r=r, alpha=2 * r), seed)
-        adapters[name] = targets, r, lora.state_dict(model)
+        fill(reference.add(model, name, targets, r=4, alpha=8), seed)
+        adapters[name] = targets, lora.state_dict(model)
     twin = peft_twin(copy.deepcopy(plain), adapters)
     for name in adapters:
         twin.set_adapter(name)
         assert_same(outputs(reference.switch(model, name)), outputs(twin), name)
-    both = ["fi", "pl"], [2, -0.75], "sum"
-    twin.add_weighted_adapter(*both, combination_type="cat")
-    twin.set_adapter("sum")
     combined = outputs(reference.combine(model, {"fi": 2, "pl": -0.75}, "sum"))
+    for kind in ("cat", "linear"):
+        parts = ["fi", "pl"], [2, -0.75], kind
+        twin.add_weighted_adapter(*parts, combination_type=kind)
+    twin.set_adapter("cat")
     assert_same(combined, outputs(twin), 'the combination, peft\'s "cat",')
+    twin.set_adapter("linear")  # one's B meets another's A
+    assert (outputs(twin) - combined).abs().max() > 0.01, "the docstring is wrong"
     peft_files.save(model, tmp_path)
     loaded = PeftModel.from_pretrained(plain, tmp_path).eval()
     assert_same(combined, outputs(loaded), "the combination in a file")
-
-
-@torch.no_grad()
-def test_pefts_linear_combination_mixes_ones_b_with_anothers_a():
-    """The docstring's claim, and why a combination here is peft's "cat"."""
-    model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    twin, adapters = copy.deepcopy(model), {}
-    for seed, name in enumerate(("fi", "pl")):
-        fill(reference.add(model, name, ["0"], r=2, alpha=4), seed)
-        adapters[name] = ["0"], 2, lora.state_dict(model)
-    twin = peft_twin(twin, adapters)
-    twin.add_weighted_adapter(["fi", "pl"], [1, 1], "sum", combination_type="linear")
-    got = twin.base_model.model[0].get_delta_weight("sum")
-    a, b = (sum(t[f"0.lora_{x}"] for _, _, t in adapters.values()) for x in "AB")
-    torch.testing.assert_close(got, 2 * b @ a)
-    exact = sum(2 * t["0.lora_B"] @ t["0.lora_A"] for _, _, t in adapters.values())
-    assert (got - exact).abs().max() > 0.01
 
 
 # multi_lora.py and lora.py copied alone, for tests/test_standalone.py
