@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import huggingface_hub as hub
 import pytest
@@ -243,14 +244,15 @@ def test_a_hub_that_answers_with_an_error_is_not_asked_again(served):
     assert len(served[1]) == 1
 
 
-def test_a_network_that_swallows_everything_does_not_hang(reach, monkeypatch, capfd):
+def test_a_network_that_swallows_everything_is_asked_once(reach, monkeypatch):
     monkeypatch.setattr(base_models, "SECONDS", 1)
     with socket.socket() as hole:
         hole.bind(("127.0.0.1", 0))
         hole.listen(8)  # connections are taken, and nothing is ever answered
         reach(hole.getsockname()[1])
+        begun = time.monotonic()
         refused(NOT_THERE)
-    assert "Retrying" not in capfd.readouterr().err, "the hub is asked again and again"
+    assert time.monotonic() - begun < 8, "the hub's own client waits for 10 seconds"
 
 
 def test_lora_goes_on_all_its_linears_and_learns():
