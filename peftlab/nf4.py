@@ -1,23 +1,29 @@
 r"""NF4 and other types of 4 bits: QLoRA, Dettmers et al. 2023, arXiv 2305.14314.
 
-Weights are packed in blocks of 64 (section 3). A block stores its largest magnitude,
-the absmax $c$. Each of its weights $w$ stores 4 bits: the index $i$ of the value
-nearest to $w / c$ among 16 values from -1 to 1, which are called the code:
+This is the storage of the frozen weights. LoRA over them, which is QLoRA itself, is
+`qlora.py`.
+
+Weights are packed in blocks of 64 (section 2, eq. 1; section 3). A block stores its
+largest magnitude, the absmax $c$. Each of its weights $w$ stores 4 bits: the index $i$
+of the value nearest to $w / c$ among 16 values from -1 to 1, which are called the code:
 
 $$ w \approx c \, \mathrm{code}_i $$
 
-An absmax of 32 bits adds half a bit to each of 64 weights. Double quantization packs
-the absmax too: their mean is subtracted, and the rest is stored in blocks of 256, as
-indices of 8 bits. That leaves 4.127 of 4.5 bits a weight.
+An absmax of 32 bits adds half a bit to each of 64 weights. Double quantization (section
+3) packs the absmax too: their mean is subtracted, and the rest is stored in blocks of
+256, as indices of 8 bits. A weight then takes 4.127 bits instead of 4.5.
 
 | symbol | shape | in code |
 |---|---|---|
 | the 16 values | (16,), float32 | `code`: `NF4`, `FP4`, `INT4` or your own |
-| $i$ | (n / 2, 1), uint8 | `codes`, two weights in a byte |
+| $i$, from 0 to 15 | (n,), uint8 | `indices`, while a weight is packed |
+| two $i$ in a byte, the first in the high half | (n / 2, 1), uint8 | `codes` |
 | $c$ | (blocks,), float32 | `absmax` |
 | $c$, doubly quantized | (blocks,), uint8 | `absmax`, indices into `DYNAMIC` |
 | their absmax | (blocks / 256,), float32 | `nested_absmax` |
 | their mean | (), float32 | `offset` |
+
+So `code` is the values and `codes` the bytes. These names are in every state dict.
 
 The codes and absmax of NF4 and FP4 are those of bitsandbytes to the bit. Two things
 differ. The paper stores an absmax as an 8-bit float; we take the 8-bit type that
@@ -26,7 +32,7 @@ bins, which sometimes misses the nearest value; ours is the nearest. Not here: p
 that read the 4 bits directly. A weight is unpacked, used and thrown away.
 """
 
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import surgery
 
-CHUNK = 2**19  # weights that go through at once: so many fit into a processor's cache
+CHUNK = 2**19  # weights in a piece of work: so many fit into a processor's cache
 TINY = 1e-38  # the least divisor, so that a block of zeros is not divided by zero
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CPU = dict(dtype=torch.float32, device="cpu")  # whatever torch's defaults are
@@ -44,10 +50,11 @@ CPU = dict(dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _nf4():
-    """Quantiles of a normal distribution, at even steps of probability.
+    """Quantiles of a normal distribution at even steps of probability (section 3).
 
     Eight lie above zero, seven below, and zero itself is one. The outermost would be at
-    infinity, so the steps end at 0.9677083, which is 1 - (1/32 + 1/30) / 2.
+    infinity, so the steps end at 0.9677083, which is 1 - (1/32 + 1/30) / 2. Eq. 4 is
+    another formula; the values that the paper lists (appendix E) are these.
     """
     above = torch.linspace(0.9677083, 0.5, 9, **CPU).double()  # the last one is zero's
     below = torch.linspace(0.9677083, 0.5, 8, **CPU).double()[:-1]
@@ -121,6 +128,12 @@ class Packed(nn.Module):
         nbytes = sum(t.nbytes for t in self.buffers() if t is not self.code)
         return 8 * nbytes / self.shape.numel()
 
+    def snapshot(self):
+        """The tensors of now, for `dequantize` to use later: the layer may be moved,
+        or called with other buffers, between forward and backward."""
+        buffers = [self._buffers[name] for name in Snapshot._fields[3:]]
+        return Snapshot(self.shape, self.dtype, self.blocksize, *buffers)
+
     def _apply(self, fn, recurse=True):
         """Move with the model. A cast of it sets `dtype`, and rounds no absmax."""
         before = dict(self._buffers)
@@ -130,14 +143,31 @@ class Packed(nn.Module):
             if tensor.dtype != before[name].dtype:  # it was cast: take the old one
                 self._buffers[name] = before[name].to(self.codes.device)
 
+        # fn casts, moves or both, and does not say which. What it makes of an empty
+        # tensor in the weight's dtype is the dtype from now on.
         probe = torch.empty(0, dtype=self.dtype, device="cpu")
         self.dtype = fn(probe).dtype
         return self
 
 
+class Snapshot(NamedTuple):
+    """What `dequantize` reads of a `Packed`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
+
+
 @torch.no_grad()
 def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     """Pack a tensor, row after row, in blocks that run over the ends of rows.
+
+    Section 2, eq. 1, with a table of 16 values in place of whole numbers; section 3.
 
     Args:
         weight: a tensor of any shape, float32, bfloat16 or float16. It stays as it is.
@@ -159,7 +189,8 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     if weight.is_meta:
         piece = weight.numel()
 
-    indices, absmax = [], []
+    indices = []
+    absmax = []
     for x in weight.reshape(-1).split(piece):
         nearest, largest = _nearest(x, blocksize, code)
         indices.append(nearest)
@@ -171,7 +202,7 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
     n = weight.numel()
     high = indices[:n:2]
     low = indices[1 : n + 1 : 2]  # where n is odd, the last one is a padding zero's
-    codes = (high << 4 | low)[:, None]  # (n / 2, 1)
+    index_bytes = (high << 4 | low)[:, None]  # (n / 2, 1)
 
     nested_absmax = offset = None
     if double_quant:
@@ -180,7 +211,7 @@ def quantize(weight, blocksize=64, code=NF4, double_quant=False):
         weight.shape,
         weight.dtype,
         blocksize,
-        codes=codes,
+        codes=index_bytes,
         absmax=absmax,
         code=code.to(weight.device, torch.float32, copy=True),
         nested_absmax=nested_absmax,
@@ -222,10 +253,10 @@ def _nearest(x, size, code):
 
 
 def dequantize(q, dtype=None):
-    """Unpack a weight: code[index] * absmax, in float32, then rounded once.
+    """Unpack a weight: code[index] * absmax, in float32, then rounded once (eq. 6).
 
     Args:
-        q: a `Packed`, or an `NF4Linear`, which is one.
+        q: a `Packed`, or an `NF4Linear`, which is one, or a `Snapshot` of it.
         dtype: a dtype of floats of at least 16 bits, None for the weight's own.
 
     Returns:
@@ -234,44 +265,54 @@ def dequantize(q, dtype=None):
     Raises:
         ValueError: for anything else.
     """
-    if not isinstance(q, Packed | SimpleNamespace):  # the latter is NF4Linear's
+    if not isinstance(q, Packed | Snapshot):
         raise ValueError(f"dequantize takes what quantize made, not {type(q).__name__}")
     _check_float("dtype", dtype)
     dtype = dtype or q.dtype
 
+    # W = code[index] * absmax. A byte holds two indices, so two values are looked up at
+    # once, in a table of all pairs.
     absmax = q.absmax if q.offset is None else _dequantize_absmax(q)  # (blocks,)
-    blocks = len(absmax)
-    codes = q.codes.view(-1)
-    missing = blocks * q.blocksize // 2 - len(codes)  # of a partial block
-    if missing:
-        codes = nn.functional.pad(codes, (0, missing))
-    rows = codes.view(blocks, -1)  # (blocks, blocksize / 2)
-    pairs = torch.cartesian_prod(q.code, q.code)  # (256, 2), the two values of a byte
+    pairs = torch.cartesian_prod(q.code, q.code)  # (256, 2)
+    index_bytes = _index_bytes(q, len(absmax))  # (blocks, blocksize / 2)
 
-    if torch.compiler.is_compiling():  # it makes one loop of this
-        out = (pairs[rows.int()] * absmax[:, None, None]).to(dtype)
-    else:
-        out = absmax.new_empty(blocks, q.blocksize, dtype=dtype)
+    if torch.compiler.is_compiling():  # the compiler makes one loop of this
+        values = pairs[index_bytes.int()]  # (blocks, blocksize / 2, 2)
+        W = (values * absmax[:, None, None]).to(dtype)
+    else:  # the same in pieces that fit into a cache
+        W = absmax.new_empty(len(absmax), q.blocksize, dtype=dtype)
         step = CHUNK // q.blocksize
-        tensors = [t.split(step) for t in (out, rows, absmax)]
+        tensors = [t.split(step) for t in (W, index_bytes, absmax)]
         for piece in zip(*tensors, strict=True):
             _unpack_into(*piece, pairs)
-            if out.is_meta:  # there are no numbers, and the next take as much memory
+            if W.is_meta:  # there are no numbers, and the next take as much memory
                 break
 
     n = q.shape.numel()
-    return out.view(-1)[:n].view(q.shape)
+    return W.view(-1)[:n].view(q.shape)
 
 
-def _unpack_into(out, rows, absmax, pairs):
-    """Write pairs[rows] * absmax into out, (blocks, blocksize).
+def _index_bytes(q, blocks):
+    """The bytes of the indices, (blocks, blocksize / 2). Zeros fill a partial block."""
+    index_bytes = q.codes.view(-1)
+    missing = blocks * q.blocksize // 2 - len(index_bytes)
+    if missing:
+        index_bytes = nn.functional.pad(index_bytes, (0, missing))
+    return index_bytes.view(blocks, -1)
 
-    The two float32 of a pair are looked up at once, as one number of 8 bytes.
+
+def _unpack_into(W, index_bytes, absmax, pairs):
+    """Write pairs[index_bytes] * absmax into W, (blocks, blocksize).
+
+    The two float32 of a pair are moved as one number of 8 bytes. torch.gather needs the
+    table once for each row: expand repeats it without a copy.
     """
-    table = pairs.view(torch.int64).T.expand(len(rows), 256)
-    values = out.view(torch.int64) if out.dtype == torch.float32 else None
-    values = torch.gather(table, 1, rows.long(), out=values)
-    torch.mul(values.view(torch.float32), absmax[:, None], out=out)
+    table = pairs.view(torch.int64).view(1, 256)
+    table = table.expand(len(index_bytes), 256)
+
+    target = W.view(torch.int64) if W.dtype == torch.float32 else None
+    values = torch.gather(table, 1, index_bytes.long(), out=target)
+    torch.mul(values.view(torch.float32), absmax[:, None], out=W)
 
 
 # Double quantization
@@ -287,7 +328,7 @@ def _quantize_absmax(absmax):
 
 
 def _dequantize_absmax(q):
-    """DYNAMIC[index] * nested_absmax + offset, (blocks,) float32."""
+    """DYNAMIC[index] * nested_absmax + offset, (blocks,) float32 (eq. 6)."""
     values = DYNAMIC.to(q.absmax.device)[q.absmax.int()]
     nested_absmax = q.nested_absmax.repeat_interleave(256)[: len(values)]
     return values * nested_absmax + q.offset
@@ -297,7 +338,7 @@ def _dequantize_absmax(q):
 
 
 class NF4Linear(Packed):
-    """A frozen linear layer whose weight, (out, in), is packed.
+    """A frozen linear layer whose weight, (out, in), is packed (eq. 5 without LoRA).
 
     It answers in its input's dtype. The bias is the base's own parameter. The gradient
     with respect to x passes through the unpacked weight; the packed one has none.
@@ -327,14 +368,16 @@ class NF4Linear(Packed):
         self.out_features, self.in_features = packed.shape
         self.bias = base.bias
         self.compute_dtype = compute_dtype
-        self.kind = type(base)  # what a merge makes of it again
+        self.kind = type(base)  # nn.Linear or Conv1D: merging makes one again
         self.training = base.training
 
     @property
     def weight(self):
         """W, (out, in), unpacked at each reading, with the mark of a packed weight."""
         W = dequantize(self)
-        W.quant_state = True  # merges refuse to write into what has it
+        # W is thrown away, and what a merge writes into it with it. By this attribute,
+        # which bitsandbytes' packed weights have, a merge knows that, and refuses.
+        W.quant_state = True
         return W
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -343,11 +386,8 @@ class NF4Linear(Packed):
 
         if torch.compiler.is_compiling():  # a trace of _Product would keep W
             y = checkpoint(_multiply, y, self, use_reentrant=False)
-        else:  # a snapshot: buffers may be swapped or moved before backward
-            q = SimpleNamespace(
-                shape=self.shape, blocksize=self.blocksize, **self._buffers
-            )
-            y = _Product.apply(y, q)
+        else:
+            y = _Product.apply(y, self.snapshot())
 
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -369,10 +409,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None
+        grad = grad.to(ctx.dtype)  # under autocast it comes in autocast's dtype
+        return grad @ dequantize(ctx.q, ctx.dtype), None
 
 
-# What cannot be
+# Refusals
 
 
 def _check(weight, blocksize, code, double_quant):
@@ -401,13 +442,11 @@ def _is_dense(t):
 
 
 def _check_input(x, in_features):
-    if not torch.is_tensor(x) or not x.is_floating_point() or x.is_nested:
-        what = getattr(x, "dtype", type(x).__name__)
-        raise ValueError(f"the input must be floats in a tensor, not {what}")
-    if x.shape[-1:] != (in_features,):
-        raise ValueError(
-            f"the input must be floats (..., {in_features}), not {(*x.shape,)}"
-        )
+    is_float = torch.is_tensor(x) and x.is_floating_point()
+    if not is_float or x.shape[-1:] != (in_features,):
+        shape = surgery.size(x)
+        what = getattr(x, "dtype", type(x).__name__) if not is_float else shape
+        raise ValueError(f"the input must be floats (..., {in_features}), not {what}")
 
 
 def _check_finite(what, t):

@@ -20,7 +20,7 @@ from bitsandbytes.functional import (
     get_4bit_type,
     quantize_4bit,
 )
-from common import assert_one_sentence, assert_unchanged, snapshot
+from common import assert_one_sentence, by_fault, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -41,7 +41,7 @@ FLOOR = 1.1e-38  # an absmax below it counts as 1e-38
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture
@@ -179,16 +179,12 @@ def test_the_first_of_two_weights_is_in_the_high_half(nf4):
 def test_a_tie_goes_to_the_lower_value(nf4):
     for name in CODES:
         levels = getattr(nf4, name).sort().values
-        for scale in (1.0, 2.0**-9):
-            ties = midpoints(levels)  # (15,)
-            up = torch.nextafter(ties, torch.full_like(ties, 9.0))
-            for x, want in ((ties, levels[:-1]), (up, levels[1:])):
-                row = scale * torch.cat([torch.ones(1), x])
-                got = nf4.dequantize(nf4.quantize(row, 16, getattr(nf4, name)))[1:]
-                assert torch.equal(got, scale * want), (
-                    f"{name}: {x.tolist()} went to {(got / scale).tolist()}; a midpoint"
-                    " goes to the lower value, what is above it to the upper"
-                )
+        ties = midpoints(levels)  # (15,)
+        up = torch.nextafter(ties, torch.full_like(ties, 9.0))
+        for x, want in ((ties, levels[:-1]), (up, levels[1:])):
+            row = torch.cat([torch.ones(1), x]) / 512
+            got = 512 * nf4.dequantize(nf4.quantize(row, 16, getattr(nf4, name)))[1:]
+            assert torch.equal(got, want), f"{name}: {x.tolist()} -> {got.tolist()}"
 
 
 def near_midpoints(code, seed=0):
@@ -205,20 +201,19 @@ def near_midpoints(code, seed=0):
 
 
 def test_a_full_block_multiplies_and_a_partial_one_divides(nf4):
-    """x * (1/c) and x / c give another code about once in ten million weights. Next to
-    a midpoint they do so often. The library multiplies in full blocks and divides in
-    the last one if that is partial."""
+    """x * (1/c) and x / c differ once in ten million weights, next to a midpoint often.
+    The library multiplies in full blocks and divides in the last one if it is partial.
+    """
     for kind in KINDS:
-        code = getattr(nf4, kind.upper())
-        rows = near_midpoints(code)
-        c, bounds = rows[:, :1], midpoints(code)
-        times, over = rows * (1 / c), rows / c
+        rows, bounds = near_midpoints(code := getattr(nf4, kind.upper())), None
+        bounds = midpoints(code)
+        times, over = rows * (1 / rows[:, :1]), rows / rows[:, :1]
         telling = torch.bucketize(times, bounds) != torch.bucketize(over, bounds)
         telling = telling.any(1)
         assert telling.sum() > 500, "the rows do not tell one from the other"
         full = torch.cat([rows, torch.zeros(4096, 52)], 1)  # blocks of 128
         assert_librarys(nf4, full, 128, kind)
-        for row in rows[telling][:20]:
+        for row in rows[telling][:5]:
             assert_librarys(nf4, row, 128, kind)
             assert_librarys(nf4, torch.cat([full[0], row]), 128, kind)
 
@@ -302,28 +297,24 @@ def contents(n, dtype, seed):
 @each_dtype
 @each_kind
 def test_every_size_and_content_is_the_librarys(kind, dtype):
-    seed, limits = 0, torch.finfo(dtype)
-    for blocksize in BLOCKS[::2]:
-        for n in sorted({1, 2, 3, *(blocksize + d for d in (-1, 0, 1)), 3 * blocksize}):
-            for x in contents(n, dtype, seed := seed + 1):
+    limits = torch.finfo(dtype)
+    for blocksize in (32, 512):
+        for n in (1, blocksize - 1, blocksize, blocksize + 1, 3 * blocksize):
+            for x in contents(n, dtype, n):
                 w = x.clamp(limits.min, limits.max).to(dtype)
                 assert_librarys(reference, w, blocksize, kind)
-    for shape in ((), (1,), (9, 7), (2, 3, 65), (3, 2, 5, 13)):
-        assert_librarys(reference, randn(*shape, dtype=dtype), 32, kind)
     w = randn(130, 96, dtype=dtype)
     turned = w.view(13, 10, 96).transpose(0, 2)
-    for view in (w.T, w[1:, ::3], turned, w[0].expand(5, 96)):
-        assert not view.is_contiguous()
+    for view in (w[0, 0], w.T, w[1:, ::3], turned, w[0].expand(5, 96)):
         assert_librarys(reference, view, 64, kind)
-    for blocksize, n in ((64, 2**20), (32, 2**19 + 1), (4096, 2**20 + 4095)):
+    for blocksize, n in ((32, 2**19 + 1), (4096, 2**19 + 4095)):
         w = randn(n, seed=blocksize) * torch.logspace(-3, 3, n)
         assert_librarys(reference, w.to(dtype), blocksize, kind)
 
 
-@each_kind
-def test_all_pairs_of_float16_mantissas_are_the_librarys(kind):
-    """Each of 1,024 absmax, with all weights from 1/16 of it on: every quotient but for
-    powers of two, 8 million weights."""
+def test_all_pairs_of_float16_mantissas_are_the_librarys():
+    """1,024 absmax, each with all weights from 1/16 of it on: 8 million weights, every
+    quotient but for powers of two."""
     steps = torch.arange(1024, dtype=torch.float32) / 1024 + 1
     scales = 2.0 ** torch.arange(0, -4, -1)
     w = (steps * scales[:, None]).view(-1)  # (4096,)
@@ -331,88 +322,60 @@ def test_all_pairs_of_float16_mantissas_are_the_librarys(kind):
     absmax = steps[:, None]  # (1024, 1)
     w = w.where(w.abs() <= absmax, absmax)  # every block has its absmax
     w = torch.cat([absmax, w[:, 1:]], 1)
-    assert_librarys(reference, w[:, :4096].half().contiguous(), 4096, kind)
-    assert_librarys(reference, w[:, 4096:].half().contiguous(), 4096, kind)
+    for half in w.half().split(4096, 1):
+        assert_librarys(reference, half.contiguous(), 4096)
 
 
 # NaN, infinity and other bad input
 
 
 def test_nan_and_infinity_are_refused(nf4):
-    places = ((128, 5), (128, 127), (100, 70), (100, 99), (1, 0), (65, 64))
+    """In a full block, in a partial one, in its odd last weight."""
     for dtype in DTYPES:
         for value in (torch.nan, torch.inf, -torch.inf):
-            for n, place in places:
+            for n, place in ((128, 5), (100, 70), (65, 64)):
                 base = nn.Linear(n, 1, dtype=dtype)
                 base.weight.data[0, place] = value
-                with pytest.raises(ValueError, match="NaN or infinite") as error:
-                    nf4.quantize(base.weight)
-                assert_one_sentence(error)
+                refused(base.weight, "NaN or infinite", nf4.quantize)
                 with pytest.raises(ValueError, match="NaN or infinite"):
                     nf4.NF4Linear(base, double_quant=True)
 
 
-def test_double_quantization_of_weights_beyond_float32_is_refused():
-    """Each is finite, the mean of their absmax is not; without it they are packed."""
-    w = torch.full((640,), 3e38)
-    assert torch.equal(reference.dequantize(reference.quantize(w)), w)
-    with pytest.raises(ValueError, match="mean .* infinite") as error:
-        reference.quantize(w, double_quant=True)
-    assert_one_sentence(error)
-
-
 LEVELS = torch.linspace(-1, 1, 16)
 ONES = torch.ones(8)
-NOT_DTYPES = (torch.float64, torch.int32, torch.uint8, torch.complex64, torch.bool)
-NOT_DTYPES += (torch.float8_e4m3fn,)
 BAD = {
-    "the block size": [0, 3, 65, 2**62, 10**400, True, 64.0, "64", -64, None],
-    "double_quant": ["yes", 1, None, torch.tensor(True)],
-    "a code must be 16": [
-        *(LEVELS[1:], torch.linspace(-1, 1, 17), LEVELS.view(4, 4)),
-        *(7 * LEVELS, LEVELS / 2, LEVELS.numpy(), LEVELS.tolist(), "nf4", None),
+    ("the block size", "blocksize"): [0, 3, 65, 10**400, True, 64.0, "64", -64, None],
+    ("double_quant", "double_quant"): ["yes", 1, None, torch.tensor(True)],
+    ("a code must be 16", "code"): [
+        *(LEVELS[1:], torch.linspace(-1, 1, 17), LEVELS.view(4, 4), LEVELS > 0),
+        *(7 * LEVELS, LEVELS / 2, LEVELS.tolist(), "nf4", None, LEVELS.int()),
         LEVELS.clone().index_fill(0, torch.tensor([3]), torch.nan),
-        *(
-            LEVELS > 0,
-            LEVELS.to(torch.complex64),
-            LEVELS.int(),
-            LEVELS.to_sparse(),
-            LEVELS.to("meta"),
-        ),
+        *(LEVELS.to(torch.complex64), LEVELS.to_sparse(), LEVELS.to("meta")),
     ],
-    "4 bits need": [
-        *(ONES.to(dtype) for dtype in NOT_DTYPES),
-        *(torch.empty(0), torch.empty(3, 0), [1.0, 2.0], ONES.numpy(), None),
-        *(torch.eye(8).to_sparse(), torch.empty(0, device="meta")),
+    ("4 bits need", "weight"): [
+        *(ONES.to(dtype) for dtype in (torch.float64, torch.int32, torch.complex64)),
+        *(ONES > 0, ONES.to(torch.float8_e4m3fn), [1.0, 2.0], ONES.numpy(), None),
+        *(torch.empty(3, 0), torch.eye(8).to_sparse(), torch.empty(0, device="meta")),
     ],
 }
-NAMES = {"the block size": "blocksize", "a code must be 16": "code"}
-NAMES |= {"double_quant": "double_quant", "4 bits need": "weight"}
 
 
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input_gets_one_sentence(words):
-    for value in BAD[words]:
-        with pytest.raises(ValueError, match=words) as error:
-            reference.quantize(**{"weight": randn(8, 8), NAMES[words]: value})
-        assert_one_sentence(error)
+@pytest.mark.parametrize("words, name", BAD)
+def test_bad_input_gets_one_sentence(words, name):
+    for value in BAD[words, name]:
+        settings = {"weight": randn(8, 8), name: value}
+        refused(settings.pop("weight"), words, reference.quantize, **settings)
 
 
 def test_only_what_is_packed_is_unpacked_and_to_floats_alone():
     q = reference.quantize(ONES)
-    for value in (ONES, None, {}, nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match="what quantize made") as error:
-            reference.dequantize(value)
-        assert_one_sentence(error)
-    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e5m2, "half"):
-        with pytest.raises(ValueError, match="a float of 16 bits") as error:
-            reference.dequantize(q, dtype)
-        assert_one_sentence(error)
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 3 * super().forward(x)
+    for value in (ONES, None, nn.Linear(2, 2), (ONES, ONES)):
+        refused(value, "what quantize made", reference.dequantize)
+    for dtype in (torch.int8, torch.complex64, torch.float8_e5m2, "half"):
+        refused(q, "a float of 16 bits", reference.dequantize, dtype)
+    w = torch.full((640,), 3e38)  # finite, and the mean of the absmax is not
+    assert torch.equal(reference.dequantize(reference.quantize(w)), w)
+    refused(w, "mean .* infinite", reference.quantize, double_quant=True)
 
 
 class Clamped(nn.Linear):
@@ -437,36 +400,28 @@ def cast(dtype):
     return base
 
 
-def theirs(storage):
+def linear4bit(storage):
     how = dict(quant_type="nf4", quant_storage=storage)
     return bitsandbytes.nn.Linear4bit(64, 64, **how).to("cpu")
 
 
-def lora_linear():
-    return lora.add(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)[0]
-
-
-def linear8bit():
-    return bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
-
-
 NO_BASE = {
     "plain linear": [
-        *(lambda: nn.Embedding(8, 8), lambda: nn.LayerNorm(8), lambda: None),
-        *(lambda: nn.Conv2d(4, 4, 1), lambda: nn.Bilinear(4, 4, 4), lora_linear),
-        *(lambda: nn.LazyLinear(4), lambda: nn.Sequential(nn.Linear(8, 8))),
+        *(lambda: nn.Embedding(8, 8), lambda: None, lambda: nn.LazyLinear(4)),
+        *(lambda: nn.Bilinear(4, 4, 4), lambda: nn.Sequential(nn.Linear(8, 8))),
+        lambda: lora.add(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)[0],
     ],
     "a packed": [  # whose bytes may be stored as floats, and are no weights for that
-        *(lambda: theirs(torch.uint8), lambda: theirs(torch.bfloat16)),
-        *(linear8bit, lambda: reference.NF4Linear(nn.Linear(8, 8))),
+        *(lambda: linear4bit(torch.uint8), lambda: linear4bit(torch.bfloat16)),
+        lambda: bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu"),
+        lambda: reference.NF4Linear(nn.Linear(8, 8)),
         lambda: cast(torch.float8_e4m3fn),
     ],
     "torch.float64": [lambda: cast(torch.float64)],
-    "more than W x": [lambda: Scaled(8, 8), lambda: Clamped(64, 8)],
+    "more than W x": [lambda: Clamped(64, 8)],
     "computed": [
         lambda: prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5),
         lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
-        lambda: parametrizations.orthogonal(nn.Linear(8, 8)),
     ],
     "hooks": [lambda: hooked("hook"), lambda: hooked("pre_hook")],
 }
@@ -491,24 +446,19 @@ def test_a_class_of_its_own_that_is_a_plain_product_is_packed(nf4):
 
 def test_a_bad_setting_of_a_layer_is_refused(nf4):
     base = nn.Linear(8, 8)
-    before = snapshot(base)
     for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn, "bf16", 16):
-        with pytest.raises(ValueError, match="compute_dtype.* float") as error:
-            nf4.NF4Linear(base, compute_dtype=dtype)
-        assert_one_sentence(error)
-    with pytest.raises(ValueError, match="block size"):
-        nf4.NF4Linear(base, blocksize=7)
-    assert_unchanged(base, before)
+        words = "compute_dtype.* float"
+        refused(base, words, nf4.NF4Linear, compute_dtype=dtype)
+    refused(base, "block size", nf4.NF4Linear, blocksize=7)
 
 
 def test_an_input_of_another_width_or_of_whole_numbers_is_refused(nf4):
     x = torch.ones(2, 4)
-    bad = (x.long(), x > 0, x[:, :3], x.T, torch.tensor(1.0), x.tolist(), None)
     for compute in (None, torch.bfloat16):
         layer = nf4.NF4Linear(nn.Linear(4, 3), compute_dtype=compute)
-        for x in bad:
+        for bad in (x.long(), x > 0, x[:, :3], torch.tensor(1.0), x.tolist(), None):
             with pytest.raises(ValueError, match="must be floats") as error:
-                layer(x)
+                layer(bad)
             assert_one_sentence(error)
 
 
@@ -516,15 +466,12 @@ def test_an_input_of_another_width_or_of_whole_numbers_is_refused(nf4):
 
 
 def nearest(x):
-    """Indices of the nearest of the 256 dynamic values, found by trying all in float64:
-    (n,) lower, (n,) upper. They differ at a tie: x is on a midpoint, or nearer to it
-    than the rounding of a float32 product with a reciprocal."""
-    table, x, found = create_dynamic_map().double(), x.double(), []
-    for part in x.split(8192):
-        gap = (part[:, None] - table).abs()
-        tie = gap <= gap.min(1, keepdim=True).values + 2.0**-22 * part.abs()[:, None]
-        found.append((tie.int().argmax(1), 255 - tie.flip(1).int().argmax(1)))
-    return [torch.cat(side) for side in zip(*found, strict=True)]
+    """Indices of the nearest of the 256 dynamic values, by trying all in float64: (n,)
+    lower, (n,) upper. They differ at a tie, to the rounding of a float32 product."""
+    gap = (x.double()[:, None] - create_dynamic_map().double()).abs()
+    near = 2.0**-22 * x.double().abs()[:, None]
+    tie = (gap <= gap.min(1, keepdim=True).values + near).int()
+    return tie.argmax(1), 255 - tie.flip(1).argmax(1)
 
 
 def spread(blocks, seed=0):
@@ -560,15 +507,12 @@ def test_double_quantization_takes_the_nearest_dynamic_value(nf4):
 def test_absmax_next_to_a_midpoint_are_at_the_nearest_too(nf4):
     """On it, to the lower; 54 of the 255 midpoints are themselves rounded up and 53
     down, and then no float32 lies between."""
-    table = create_dynamic_map()
-    middle = (table[1:] + table[:-1]) / 2
+    middle = midpoints(create_dynamic_map())
     near = [middle, *(torch.nextafter(middle, torch.tensor(e)) for e in (-9.0, 9.0))]
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
     for x in near:
         # two blocks of 256: their mean is 2, the largest distance from it 1
-        pairs = torch.cat([x, -x, torch.tensor([1.0, -1.0])])  # (512,)
-        absmax = (
-            2 + pairs[torch.randperm(512, generator=torch.Generator().manual_seed(0))]
-        )
+        absmax = 2 + torch.cat([x, -x, torch.tensor([1.0, -1.0])])[order]  # (512,)
         weight = absmax[:, None] * torch.tensor([1.0, 0, 0, 0])
         q = nf4.quantize(weight, 4, double_quant=True)
         rest = (absmax - q.offset).view(2, 256).double()
@@ -579,16 +523,14 @@ def test_absmax_next_to_a_midpoint_are_at_the_nearest_too(nf4):
 
 def test_equal_absmax_leave_nothing_to_divide_by(nf4):
     """Their distance from the mean is zero, or what rounding leaves of it."""
-    for value in (0.0, 1.0, 0.1, 3e-38, 2.0**100):
-        for blocks in (1, 3, 255, 256, 257):
+    for value in (0.0, 0.1, 3e-38, 2.0**100):
+        for blocks in (1, 256, 257):
             weight = torch.full((blocks, 64), value)
             q = nf4.quantize(weight, double_quant=True)
             got, nested = nf4.dequantize(q), q.nested_absmax.repeat_interleave(256)
             assert torch.allclose(got, weight, rtol=1e-5, atol=0), f"{value}: {got[0]}"
             level = nf4.DYNAMIC[q.absmax.int()]
-            assert not level[nested[:blocks] == 0].any(), (
-                "zero is not at the value zero"
-            )
+            assert not level[nested[:blocks] == 0].any(), "zero is at another value"
 
 
 def test_a_weight_takes_4_bits_and_its_share_of_an_absmax(nf4):
@@ -604,11 +546,9 @@ def test_a_weight_takes_4_bits_and_its_share_of_an_absmax(nf4):
 
 
 def test_the_librarys_table_of_65536_bins_is_coarser():
-    """On the CPU the library looks an absmax's code up in a table of 65,536 bins from
-    -1 to 1, and a bin has one code: near a midpoint some go to the neighbour. Near zero
-    the values are closer together than the bins are: up to three away. The shares are
-    of normal weights, and of lognormal absmax."""
-    cases = (randn(2**21).view(-1, 64), 0.0010), (spread(300_000), 0.0025)
+    """On the CPU the library looks an absmax up in 65,536 bins from -1 to 1: near a
+    midpoint some go to the neighbour, near zero up to three away."""
+    cases = (randn(2**20).view(-1, 64), 0.0010), (spread(300_000), 0.0025)
     for weight, low in cases:
         weight = nn.functional.pad(weight, (0, 64 - weight.shape[1]))
         q = reference.quantize(weight, 64, double_quant=True)
@@ -721,16 +661,13 @@ def test_double_quantization_moves_absmax_by_half_a_step_at_most(absmax):
 # The library's own way back
 
 
-RIGHT = (
+RIGHT = [
     ((64, 64), 64),
-    ((192, 192), 64),
     ((10, 72), 64),
     ((7, 130), 64),
     ((3, 5, 64), 64),
-    ((32, 32), 32),
     ((2, 2048), 1024),
-    ((3, 4096), 512),
-)
+]
 
 
 @each_dtype
@@ -789,25 +726,25 @@ def near(a, b, tolerance):
 def test_a_layer_multiplies_by_the_dequantized_weight(nf4):
     square = conv(64, 64)  # where a wrong transpose still fits
     for base in (plain(), plain(bias=False), conv(), square, plain(7, 5)):
-        for how in ({}, dict(blocksize=32), dict(double_quant=True)):
+        for how in (dict(blocksize=32), dict(double_quant=True)):
             layer = nf4.NF4Linear(base, **how)
             w = nf4.dequantize(nf4.quantize(matrix(base), **how))
             assert w.shape == (layer.out_features, layer.in_features)
             assert same(layer.weight, w), "it is the dequantized one, (out, in)"
-            for lead in ((3,), (2, 5), (), (0,), (2, 0)):
+            for lead in ((2, 5), (), (2, 0)):
                 x = randn(*lead, w.shape[1]).requires_grad_()
                 pull = randn(*lead, len(w), seed=3)
                 want, got = linear(x, w, base.bias), layer(x)
                 assert got.shape == want.shape and got.dtype == x.dtype
-                if not x.numel():
-                    assert torch.autograd.grad(got.sum(), x)[0].shape == x.shape
-                    continue
-                assert near(got, want, 1e-6), "not x W^T and the bias"
-                gradients = [torch.autograd.grad(y, x, pull)[0] for y in (got, want)]
-                assert near(*gradients, 1e-6), "the gradient to x is grad W"
+                grad, exact = [torch.autograd.grad(y, x, pull)[0] for y in (got, want)]
+                assert grad.shape == x.shape
+                if x.numel():
+                    assert near(got, want, 1e-6), "not x W^T and the bias"
+                    assert near(grad, exact, 1e-6), "the gradient to x is grad W"
 
 
 def test_a_layer_in_16_bits_is_right_to_rounding(nf4):
+    """In its own dtype, and with a float32 input under autocast."""
     for dtype in (torch.bfloat16, torch.float16):
         base = plain(dtype=dtype)
         layer, unit = nf4.NF4Linear(base), torch.finfo(dtype).eps
@@ -821,24 +758,16 @@ def test_a_layer_in_16_bits_is_right_to_rounding(nf4):
 
 
 def test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs(nf4):
-    base = plain()
-    for compute in (torch.bfloat16, torch.float16, torch.float32):
-        layer = nf4.NF4Linear(base, compute_dtype=compute)
-        w = layer.weight.to(compute)
+    for compute in (None, torch.bfloat16, torch.float16, torch.float32):
+        layer = nf4.NF4Linear(base := plain(), compute_dtype=compute)
         for dtype in (*DTYPES, torch.float64):
-            x = randn(3, 64).to(dtype).requires_grad_()
-            want = (x.to(compute) @ w.T + base.bias.to(compute)).to(dtype)
+            x, c = randn(3, 64).to(dtype).requires_grad_(), compute or dtype
+            want = x.to(c) @ layer.weight.to(c).T + base.bias.to(c)
             got = layer(x)
             assert got.dtype == dtype, "the answer has the input's dtype"
-            assert torch.equal(got, want), f"the product is not in {compute}"
+            assert torch.equal(got, want.to(dtype)), f"the product is not in {c}"
             got.sum().backward()
             assert x.grad.dtype == dtype and x.grad.any()
-    for dtype in (*DTYPES, torch.float64):
-        layer = nf4.NF4Linear(base)  # in the input's
-        x = randn(3, 64).to(dtype)
-        assert layer(x).dtype == dtype
-        want = x @ layer.weight.to(dtype).T + base.bias.to(dtype)
-        assert torch.equal(layer(x), want)
 
 
 def test_the_gradient_is_exact_in_float64(nf4):
@@ -850,27 +779,21 @@ def test_the_gradient_is_exact_in_float64(nf4):
 
 def test_a_bias_stays_the_layers_own_frozen_or_trained(nf4):
     for trains in (True, False):
-        base = plain()
+        base = plain().train(trains)
         base.bias.requires_grad_(trains)
         layer = nf4.NF4Linear(base)
+        assert layer.training is trains, "it is in the mode of its base"
         assert layer.bias is base.bias and [*layer.parameters()] == [base.bias]
         x, pull = randn(5, 64).requires_grad_(), randn(5, 96, seed=3)
         layer(x).backward(pull)
-        assert x.grad is not None
-        if trains:
-            assert near(base.bias.grad, pull.sum(0), 1e-6)
-        else:
-            assert base.bias.grad is None
-    assert nf4.NF4Linear(plain(bias=False)).bias is None
-    assert nf4.NF4Linear(plain().eval()).training is False
-    assert nf4.NF4Linear(plain().train()).training is True
+        assert x.grad is not None and (base.bias.grad is not None) == trains
+        assert not trains or near(base.bias.grad, pull.sum(0), 1e-6)
 
 
 def test_no_unpacked_weight_outlives_a_product(nf4):
-    """Every weight that `dequantize` made is gone when forward is done, and when
-    backward is; and autograd saves no other tensor of that shape."""
+    """What `dequantize` made is gone after forward, and after backward; and autograd
+    saves no other tensor of that shape."""
     made, saved, real = [], [], nf4.dequantize
-    shapes = {(96, 64), (64, 96), (80, 96), (96, 80)}
     hooks = lambda t: saved.append((*t.shape,)) or t, lambda t: t  # noqa: E731
 
     def watched(*args, **kwargs):
@@ -878,73 +801,56 @@ def test_no_unpacked_weight_outlives_a_product(nf4):
         made.append(StorageWeakRef(w.untyped_storage()))
         return w
 
-    nf4.dequantize = watched
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nf4, "dequantize", watched)
         for compute in (None, torch.bfloat16):
-            first, last = (
-                nf4.NF4Linear(base, compute_dtype=compute)
-                for base in (plain(96, 64), conv(80, 96))
-            )
+            first = nf4.NF4Linear(plain(96, 64), compute_dtype=compute)
+            last = nf4.NF4Linear(conv(80, 96), compute_dtype=compute)
             x = randn(3, 64).requires_grad_()
             made.clear()
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
                 y = last(torch.tanh(first(x)))
             assert len(made) == 2, "each layer unpacks once on the way there"
             assert all(ref.expired() for ref in made), "a weight is kept for backward"
-            assert not shapes & {*saved}, "a weight is saved for backward"
+            weights = {(96, 64), (64, 96), (80, 96), (96, 80)}
+            assert not weights & {*saved}, "a weight is saved for backward"
             y.sum().backward()
             assert len(made) == 4 and x.grad.any(), "and once more on the way back"
             assert all(ref.expired() for ref in made), "a weight outlives backward"
-    finally:
-        nf4.dequantize = real
-
-
-def test_autocast_rounds_as_it_does_a_plain_linear(nf4):
-    layer = nf4.NF4Linear(plain())
-    x = randn(9, 64).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        got, want = layer(x), linear(x, layer.weight, layer.bias)
-    assert got.dtype == torch.float32 and near(got, want.float(), 2**-7)
-    assert not torch.equal(got, layer(x)), "autocast does nothing here"
-    got.sum().backward()
-    assert x.grad.dtype == torch.float32 and near(x.grad, layer.weight.sum(0), 2**-7)
 
 
 def test_under_autocast_the_way_back_is_in_the_inputs_dtype(nf4):
     layer = nf4.NF4Linear(plain())
     x, grad = randn(9, 64).requires_grad_(), randn(9, 96)
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-    y.backward(grad)
+        got, want = layer(x), linear(x, layer.weight, layer.bias)
+    assert got.dtype == torch.float32 and near(got, want.float(), 2**-7)
+    assert not torch.equal(got, layer(x)), "autocast does nothing here"
+    got.backward(grad)
     # The product came out in bfloat16, so its gradient is rounded; W is not.
-    want = grad.bfloat16().float() @ layer.weight
-    assert near(x.grad, want, 1e-5)
+    assert near(x.grad, grad.bfloat16().float() @ layer.weight, 1e-5)
 
 
 def test_a_cast_of_the_model_rounds_no_absmax(nf4):
-    casts = (
-        nn.Module.half,
-        nn.Module.bfloat16,
-        nn.Module.double,
-        nn.Module.float,
-        lambda m: m.to(torch.float16),
-        lambda m: m.type(torch.float16),
-    )
+    casts = [nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float]
+    casts += [lambda m: m.to(torch.float16), lambda m: m.type(torch.float16)]
     for nested in (False, True):
-        model = nn.Sequential(
-            nf4.NF4Linear(plain(), double_quant=nested), nn.Linear(96, 2)
-        )
-        before = {n: t.clone() for n, t in model[0].named_buffers()}
+        layer = nf4.NF4Linear(plain(), double_quant=nested)
+        model = nn.Sequential(layer, nn.Linear(96, 2))
+        before = {n: t.clone() for n, t in layer.named_buffers()}
         for cast in casts:
             cast(model)
-            after = dict(model[0].named_buffers())
+            after = dict(layer.named_buffers())
             assert after.keys() == before.keys()
             for name, t in after.items():
                 assert same(t, before[name]), f"{name} was rounded: {t.dtype}"
             dtype = model[1].weight.dtype
-            assert model[0].bias.dtype == dtype, "the bias goes with the other layers"
-            assert model[0].weight.dtype == dtype, "T5 asks the weight for its dtype"
+            assert layer.bias.dtype == dtype, "the bias goes with the other layers"
+            assert layer.weight.dtype == dtype, "T5 asks the weight for its dtype"
             assert model(randn(3, 64).to(dtype)).dtype == dtype
+    with torch.device("meta"):  # whatever the default device
+        before = layer.to("cpu").half().float().absmax
+    assert same(before, layer.absmax) and layer.dtype == torch.float32
 
 
 def test_a_layer_goes_to_the_meta_device_and_back(nf4):
@@ -988,10 +894,8 @@ def test_the_buffers_are_the_whole_of_a_weight(nf4):
         b = nf4.NF4Linear(plain(seed=7), double_quant=nested)
         assert not same(a.weight, b.weight)
         state = a.state_dict()
-        names = {"codes", "absmax", "code", "bias"}
-        assert state.keys() == names | (
-            {"nested_absmax", "offset"} if nested else set()
-        )
+        names = ["codes", "absmax", "code", "bias", "nested_absmax", "offset"]
+        assert state.keys() == {*(names if nested else names[:4])}
         b.load_state_dict(state)
         assert same(b.weight, a.weight), "the state dict is not the whole weight"
         twin, kept = copy.deepcopy(a), a.weight
@@ -1025,17 +929,15 @@ def test_reading_the_weight_unpacks_it_anew_and_marks_it(nf4):
 
 
 def test_a_compiled_dequantize_agrees_to_the_bit(nf4):
-    """It goes another way there. Odd sizes, a partial block and all dtypes."""
+    """It goes another way there: a partial block, another dtype, both nestings."""
     for shape, *how, dtype in (
-        ((130, 64), 64, nf4.NF4, True, torch.float32),
         ((5, 77), 64, nf4.FP4, False, torch.bfloat16),
         ((3, 5, 7), 32, nf4.INT4, True, torch.float16),
     ):
         torch._dynamo.reset()
         compiled = torch.compile(nf4.dequantize, backend="aot_eager", fullgraph=True)
         q = nf4.quantize(randn(*shape).to(dtype), *how)
-        for other in (None, torch.float32, torch.bfloat16):
-            assert same(compiled(q, other), nf4.dequantize(q, other))
+        assert same(compiled(q), nf4.dequantize(q))
 
 
 def test_a_compiled_layer_keeps_no_unpacked_weight(nf4):
@@ -1055,10 +957,7 @@ def test_a_compiled_layer_agrees(nf4):
     layer = nf4.NF4Linear(plain(), double_quant=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = randn(3, 64).requires_grad_()
-    got = compiled(x)
-    assert torch.equal(got, layer(x)) and near(
-        got, linear(x, layer.weight, layer.bias), 1e-6
-    )
+    assert torch.equal(got := compiled(x), layer(x))
     (grad,) = torch.autograd.grad(got.sum(), x)
     assert near(grad, layer.weight.sum(0).expand(3, 64), 1e-6)
 
@@ -1078,19 +977,11 @@ def test_the_way_back_is_through_the_buffers_of_the_way_there(nf4):
 
 def test_no_buffer_is_a_view_of_more(nf4):
     """What is saved is the storage: it must be the bytes that `bits` counts."""
-    for n, blocksize in ((64, 64), (33 * 77, 64), (5, 4096), (1, 32)):
+    for n, blocksize in ((64, 64), (33 * 77, 64), (5, 4096)):
         for double in (False, True):
             q = nf4.quantize(randn(n), blocksize, double_quant=double)
             for name, t in q.named_buffers():
                 assert t.untyped_storage().nbytes() == t.nbytes, (name, n, blocksize)
-
-
-def test_a_layer_moves_whatever_the_default_device(nf4):
-    layer = nf4.NF4Linear(plain())
-    before = layer.weight
-    with torch.device("meta"):
-        layer.to("cpu").half()
-    assert layer.dtype == torch.half and torch.equal(layer.float().weight, before)
 
 
 # With other methods and modules
@@ -1106,21 +997,14 @@ def packed_net(nf4=reference):
 @pytest.mark.parametrize("method", [lora, vera, ia3, dora, pissa])
 def test_other_methods_work_over_a_packed_layer_or_refuse_it(method):
     model, x = packed_net(), randn(5, 64)
-    first, before = model(x), snapshot(model)
     if method in (dora, pissa):  # they need the weight itself
-        with pytest.raises(ValueError, match="packed"):
-            method.add(model, "all-linear", r=2)
-        assert_unchanged(model, before)
-        return
+        return refused(model, "packed", method.add, "all-linear", r=2)
+    first = model(x)
     method.add(model, ["0"])
     assert torch.equal(model(x), first), "adding moved the outputs"
     model(x).pow(2).sum().backward()
     assert any(p.grad.any() for p in method.state_dict(model, keep_vars=True).values())
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="packed") as error:
-        method.merge(model)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    refused(model, "packed", method.merge)
 
 
 def test_gradients_of_a_lora_are_those_over_the_unpacked_weight(nf4):
@@ -1178,19 +1062,16 @@ def test_torchs_attention_reads_the_right_weight():
     assert near(attention.half()(*half)[0], attention.float()(x, x, x)[0], 1e-2)
 
 
-@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_backward_are_linear4bits(kind, dtype, nested):
+@pytest.mark.parametrize("kind, nested", [("nf4", False), ("nf4", True), ("fp4", True)])
+def test_forward_and_backward_are_linear4bits(kind, nested, dtype):
     """In training mode: in eval mode the library packs its weight another way. Its
     nested absmax go into ours, which has the nearest."""
     base, seen = plain(128, 192, dtype=dtype), []
-    layer = reference.NF4Linear(
-        base, double_quant=nested, code=getattr(reference, kind.upper())
-    )
-    theirs = bitsandbytes.nn.Linear4bit(
-        192, 128, quant_type=kind, compress_statistics=nested, compute_dtype=dtype
-    )
+    code = getattr(reference, kind.upper())
+    layer = reference.NF4Linear(base, double_quant=nested, code=code)
+    how = dict(quant_type=kind, compress_statistics=nested, compute_dtype=dtype)
+    theirs = bitsandbytes.nn.Linear4bit(192, 128, **how)
     theirs.load_state_dict(base.state_dict())
     theirs.weight.data = base.weight.data.clone()
     theirs = theirs.to("cpu").train()
@@ -1252,292 +1133,207 @@ PAIRS = "torch.cartesian_prod(q.code, q.code)"
 PIECES = "for piece in zip(*tensors, strict=True):"
 UNPACK = "_unpack_into(*piece, pairs)"
 FINITE = "not t.isfinite().all()"
-BACK = "grad.to(ctx.dtype) @ dequantize(ctx.q, ctx.dtype), None"
-APPLY = "y = _Product.apply(y, q)"
-THERE = "ctx.dtype = x.dtype\n        return _multiply(x, q)"
+BACK = "grad @ dequantize(ctx.q, ctx.dtype), None"
+APPLY = "y = _Product.apply(y, self.snapshot())"
+THERE = "return _multiply(x, q)"
 ANSWER = "return y.to(x.dtype)"
 PLAIN = "if not _is_plain(base):"
 PROBE = 'dtype=self.dtype, device="cpu")'
 WIDTH = "x.shape[-1:] != (in_features,)"
 
 # {the law that goes red: {what is broken: {text: text in its place}}}
+# fmt: off
 BROKEN = {
     test_the_values_are_the_librarys_to_the_bit: {
         "the offset has more digits": {"0.9677083": "0.96770833333"},
         "the quantiles are in float32": {".double()": ""},
         "the steps are in float64": {
             f"{ABOVE}9, **CPU": f"{ABOVE}9, dtype=torch.float64",
-            f"{BELOW}8, **CPU": f"{BELOW}8, dtype=torch.float64",
-        },
+            f"{BELOW}8, **CPU": f"{BELOW}8, dtype=torch.float64"},
         "FP4 has a -0": {"0 - positive": "-positive"},
         "the dynamic type has a -1": {
-            "torch.arange(2, **CPU)": "torch.tensor([0, -1])"
-        },
-    },
+            "torch.arange(2, **CPU)": "torch.tensor([0, -1])"}},
     test_the_steps_between_nf4_values_are_equally_likely: {
         "eight values are below zero and seven above": {
             f"{ABOVE}9": f"{ABOVE}8",
-            f"{BELOW}8": f"{BELOW}9",
-        },
+            f"{BELOW}8": f"{BELOW}9"},
         "zero comes twice": SYMMETRIC,
         "the quantiles start at 1 - 1/32": {"0.9677083": "0.96875"},
         "the values are evenly spaced": {
-            "torch.special.ndtri(probabilities)": "(probabilities - 0.5)"
-        },
-    },
+            "torch.special.ndtri(probabilities)": "(probabilities - 0.5)"}},
     test_nf4_does_not_turn_with_the_sign: {"NF4 is made symmetric": SYMMETRIC},
     test_the_values_heed_no_default: {
         "the values heed the default dtype": {CPU: 'CPU = dict(device="cpu")'},
-        "the values heed the default device": {CPU: "CPU = dict(dtype=torch.float32)"},
-    },
+        "the values heed the default device": {CPU: "CPU = dict(dtype=torch.float32)"}},
     test_fp4_is_read_off_its_bits: {
         "FP4 is in order": {"6, 8, 12, 4, 6, 2, 3": "6, 2, 3, 4, 6, 8, 12"},
-        "FP4 has no subnormal": {"[0, 1 / 16,": "[0, 1,"},
-    },
+        "FP4 has no subnormal": {"[0, 1 / 16,": "[0, 1,"}},
     test_int4_is_evenly_spaced: {
         "INT4 goes down to -8": {
             "torch.tensor([*range(-7, 1), *range(8)], **CPU) / 7": "torch.arange("
-            "-8, 8, **CPU) / 8"
-        },
-    },
+            "-8, 8, **CPU) / 8"}},
     test_codes_absmax_and_values_are_the_librarys: {
         "FP4's order is ignored": {
-            "order.to(x.device, torch.uint8).take(rank.long())": "rank.byte()"
-        },
+            "order.to(x.device, torch.uint8).take(rank.long())": "rank.byte()"},
         "absmax is max": {"rows.abs().amax(1)": "rows.amax(1)"},
         "absmax is in the weight's dtype": {
-            ".view(-1, size).float()": ".view(-1, size)"
-        },
+            ".view(-1, size).float()": ".view(-1, size)"},
         "the padding counts": {"(0, padding)).view": "(0, padding), value=9.0).view"},
-        "the high half of a byte comes last": {PAIRS: f"{PAIRS}.flip(1).contiguous()"},
-    },
+        "the high half of a byte comes last": {PAIRS: f"{PAIRS}.flip(1).contiguous()"}},
     test_the_first_of_two_weights_is_in_the_high_half: {
         "the low half comes first": {"high << 4 | low": "high | low << 4"},
         "the padding is code 0": {
-            CODE_PAIRS: f"{CODE_PAIRS}; codes.view(-1)[n // 2 :] &= 240"
-        },
-    },
+            CODE_PAIRS: f"{CODE_PAIRS}; index_bytes.view(-1)[n // 2 :] &= 240"}},
     test_a_tie_goes_to_the_lower_value: {
-        "a tie goes to the upper": {"torch.gt(scaled": "torch.ge(scaled"},
-    },
+        "a tie goes to the upper": {"torch.gt(scaled": "torch.ge(scaled"}},
     test_a_full_block_multiplies_and_a_partial_one_divides: {
         "full blocks divide": {SCALED: "scaled = rows / absmax.clamp(TINY)[:, None]"},
         "the partial block multiplies": {LAST: "pass"},
-        "every last block divides": {"if padding:": "if len(x):"},
-    },
+        "every last block divides": {"if padding:": "if len(x):"}},
     test_blocks_run_along_the_rows: {
         "blocks run over columns": {"weight.reshape(-1)": "weight.mT.reshape(-1)"},
         "blocks run as the memory does": {
             "weight.reshape(-1)": "(weight if weight.dim() != 2 or"
-            " weight.stride(0) > 1 else weight.T).reshape(-1)"
-        },
-    },
+            " weight.stride(0) > 1 else weight.T).reshape(-1)"}},
     test_a_weight_comes_back_in_its_shape_and_dtype_and_is_left_alone: {
         "a tensor comes back flat": {".view(q.shape)": ""},
         "a tensor comes back in float32": {
-            "dtype or q.dtype": "dtype or torch.float32"
-        },
-        "a packed weight shares NF4's table": {", copy=True)": ")"},
-    },
+            "dtype or q.dtype": "dtype or torch.float32"},
+        "a packed weight shares NF4's table": {", copy=True)": ")"}},
     test_blocks_of_zeros_stay_zero: {
         "a block of zeros gives NaN": {"(1 / absmax.clamp(TINY))": "(1 / absmax)"},
         "the floor of a partial block is dropped": {
             "        absmax[-1].clamp_(TINY)\n": "",
-            LAST: f"{LAST}.clamp(TINY)",
-        },
-    },
+            LAST: f"{LAST}.clamp(TINY)"}},
     test_blocks_do_not_heed_each_other_in_a_large_tensor: {
         "only the first piece is unpacked": {
-            PIECES: "for piece in [[t[0] for t in tensors]]:"
-        },
+            PIECES: "for piece in [[t[0] for t in tensors]]:"},
         "absmax is always that of the first piece": {
-            UNPACK: "_unpack_into(*piece[:2], absmax[: len(piece[0])], pairs)"
-        },
-    },
+            UNPACK: "_unpack_into(*piece[:2], absmax[: len(piece[0])], pairs)"}},
     test_nan_and_infinity_are_refused: {
         "NaN goes through": {FINITE: "t.isinf().any()"},
         "infinity goes through": {FINITE: "t.isnan().any()"},
         "only the first block is looked at": {
-            '("a weight", absmax)': '("a weight", absmax[:1])'
-        },
-    },
+            '("a weight", absmax)': '("a weight", absmax[:1])'}},
     test_only_a_plain_linear_is_packed: {
         "a forward of its own is ignored": {PLAIN: "if False:"},
         "a computed weight is packed": {
-            'if "weight" not in layer._parameters:': "if False:"
-        },
-        "hooks are dropped": {'any(hooks) or "forward" in vars(layer)': "False"},
-    },
+            'if "weight" not in layer._parameters:': "if False:"},
+        "hooks are dropped": {'any(hooks) or "forward" in vars(layer)': "False"}},
     test_a_class_of_its_own_that_is_a_plain_product_is_packed: {
         "every class of its own is refused": {
-            PLAIN: "if type(base).forward is not nn.Linear.forward:"
-        },
-    },
+            PLAIN: "if type(base).forward is not nn.Linear.forward:"}},
     test_a_bad_setting_of_a_layer_is_refused: {
         "compute_dtype may be anything": {
-            '_check_float("compute_dtype", compute_dtype)': "pass"
-        },
-    },
+            '_check_float("compute_dtype", compute_dtype)': "pass"}},
     test_an_input_of_another_width_or_of_whole_numbers_is_refused: {
-        "whole numbers go through": {"not x.is_floating_point() or": ""},
-        "an input may have any width": {WIDTH: "False"},
-    },
+        "whole numbers go through": {"and x.is_floating_point()": ""},
+        "an input may have any width": {WIDTH: "False"}},
     test_double_quantization_takes_the_nearest_dynamic_value: {
         "the offset is forgotten": {" * nested_absmax + q.offset": " * nested_absmax"},
         "there is no offset": {MEAN: "offset = torch.tensor(0.0)"},
         "the offset is the largest": {MEAN: "offset = absmax.max()"},
         "nested blocks are of 64": {
             "absmax - offset, 256,": "absmax - offset, 64,",
-            "interleave(256)": "interleave(64)",
-        },
+            "interleave(256)": "interleave(64)"},
         "absmax go to the value below": {MIDDLE: "values[1:]"},
         "absmax go to the value above": {MIDDLE: "values[:-1]"},
         "an absmax's sign is lost": {
-            "_nearest(absmax - offset,": "_nearest((absmax - offset).abs(),"
-        },
-    },
+            "_nearest(absmax - offset,": "_nearest((absmax - offset).abs(),"}},
     test_absmax_next_to_a_midpoint_are_at_the_nearest_too: {
         "the midpoints are off by a thousandth of a step": {
-            MIDDLE: f"({MIDDLE}).lerp(values[1:], 0.001)"
-        },
-    },
+            MIDDLE: f"({MIDDLE}).lerp(values[1:], 0.001)"}},
     test_equal_absmax_leave_nothing_to_divide_by: {
-        "equal absmax give NaN": {"(1 / absmax.clamp(TINY))": "(1 / absmax)"},
-    },
+        "equal absmax give NaN": {"(1 / absmax.clamp(TINY))": "(1 / absmax)"}},
     test_a_weight_takes_4_bits_and_its_share_of_an_absmax: {
         "bits counts the codes alone": {BYTES: "self.codes.nbytes"},
         "bits forgets the nested absmax": {
-            BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"
-        },
-        "a code takes a byte": {CODE_PAIRS: "indices[: n + 1, None]"},
-    },
+            BYTES: "sum(t.nbytes for t in (self.codes, self.absmax))"},
+        "a code takes a byte": {CODE_PAIRS: "indices[: n + 1, None]"}},
     test_a_layer_multiplies_by_the_dequantized_weight: {
         "a Conv1D is packed untransposed": {"_weight(base), b": "base.weight, b"},
         "the product is with W, not its transpose": {"(q, x.dtype).T": "(q, x.dtype)"},
         "the gradient goes through the wrong orientation": {
-            BACK: BACK.replace(", None", ".T, None")
-        },
+            BACK: BACK.replace(", None", ".T, None")},
         "the gradient passes W by": {
-            BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.q.shape[1]), None"
-        },
+            BACK: "grad.mean(-1, True) + grad.new_zeros(ctx.q.shape[1]), None"},
         "the bias is dropped": {"if self.bias is not None:": "if False:"},
         "a layer is never doubly quantized": {
-            "(base), blocksize, code, double_quant)": "(base), blocksize, code)"
-        },
-    },
+            "(base), blocksize, code, double_quant)": "(base), blocksize, code)"}},
     test_a_layer_in_16_bits_is_right_to_rounding: {
         "16 bits are computed in float32 and stay so": {
             "self.bias.to(y.dtype)": "self.bias.float()",
-            ANSWER: "return y",
-        },
-    },
+            ANSWER: "return y"}},
     test_the_product_is_in_compute_dtype_and_the_answer_in_the_inputs: {
         "compute_dtype is ignored": {"x.to(self.compute_dtype or x.dtype)": "x"},
-        "the answer is in compute_dtype": {ANSWER: "return y"},
-    },
+        "the answer is in compute_dtype": {ANSWER: "return y"}},
     test_the_gradient_is_exact_in_float64: {
         "the gradient is rounded to 8 bits": {
-            "grad.to(ctx.dtype) @": "grad.bfloat16().to(ctx.dtype) @"
-        },
-    },
+            "grad.to(ctx.dtype)": "grad.bfloat16().to(ctx.dtype)"}},
     test_a_bias_stays_the_layers_own_frozen_or_trained: {
         "the bias is a copy": {
             "self.bias = base.bias": "self.bias = copy.deepcopy(base.bias)",
-            "import torch\n": "import copy\n\nimport torch\n",
-        },
-        "a layer is in train mode": {"self.training = base.training": "pass"},
-    },
+            "import torch\n": "import copy\n\nimport torch\n"},
+        "a layer is in train mode": {"self.training = base.training": "pass"}},
     test_no_unpacked_weight_outlives_a_product: {
         "autograd saves the weight": {
-            APPLY: "y = nn.functional.linear(y, dequantize(self, y.dtype))"
-        },
+            APPLY: "y = nn.functional.linear(y, dequantize(self, y.dtype))"},
         "the context keeps the weight": {
-            THERE: "ctx.dtype = x.dtype\n        ctx.w = dequantize(q, x.dtype)\n"
-            "        return x @ ctx.w.T"
-        },
+            THERE: "ctx.w = dequantize(q, x.dtype)\n        return x @ ctx.w.T"},
         "the layer keeps the weight": {
-            THERE: "ctx.dtype = x.dtype\n        q.w = dequantize(q, x.dtype)\n"
-            "        return x @ q.w.T"
-        },
-    },
-    test_autocast_rounds_as_it_does_a_plain_linear: {
-        "autocast decides the answer's dtype": {ANSWER: "return y"},
-    },
+            "return x @ dequantize(q, x.dtype).T": "W = dequantize(q, x.dtype)\n"
+            "    q.absmax.W = W\n    return x @ W.T"}},
     test_under_autocast_the_way_back_is_in_the_inputs_dtype: {
         "the way back is in the gradient's dtype": {
-            BACK: "grad @ dequantize(ctx.q, grad.dtype), None"
-        },
-    },
+            "grad.to(ctx.dtype)": "grad",
+            BACK: "grad @ dequantize(ctx.q, grad.dtype), None"},
+        "autocast decides the answer's dtype": {ANSWER: "return y"}},
     test_a_cast_of_the_model_rounds_no_absmax: {
         "half() rounds absmax": {"self._buffers[name] = before[name]": "before[name]"},
         "the weight does not follow a cast": {"self.dtype = fn(probe).dtype": "pass"},
         "half() leaves the bias": {"super()._apply(fn, recurse)": "pass"},
-    },
+        "a cast makes tensors where the default says": {PROBE: "dtype=self.dtype)"}},
     test_a_layer_goes_to_the_meta_device_and_back: {
         "a meta layer cannot be given memory": {
-            "if tensor.dtype != before[name].dtype:": "if True:"
-        },
+            "if tensor.dtype != before[name].dtype:": "if True:"},
         "a layer on the meta device is taken for NaN": {
             f'not t.is_meta and {FINITE}:\n        raise ValueError(f"{{what}} is N': (
                 f'{FINITE}:\n        raise ValueError(f"{{what}} is N'
-            )
-        },
-    },
+            )}},
     test_on_the_meta_device_nothing_is_compared: {
         "a meta weight goes through piece by piece": {
-            "if weight.is_meta:\n        piece": "if False:\n        piece"
-        },
-        "shapes are compared": {"if x.is_meta:": "if False:"},
-    },
+            "if weight.is_meta:\n        piece": "if False:\n        piece"},
+        "shapes are compared": {"if x.is_meta:": "if False:"}},
     test_the_buffers_are_the_whole_of_a_weight: {
         "the code is not saved": {
-            "(name, tensor)\n\n": '(name, tensor, persistent=name != "code")\n\n'
-        },
-    },
+            "(name, tensor)\n\n": '(name, tensor, persistent=name != "code")\n\n'}},
     test_reading_the_weight_unpacks_it_anew_and_marks_it: {
         "the mark is missing": {"W.quant_state = True": "pass"},
         "the weight is read in float32": {
-            "W = dequantize(self)": "W = dequantize(self, torch.float32)"
-        },
-    },
+            "W = dequantize(self)": "W = dequantize(self, torch.float32)"}},
     test_a_compiled_layer_agrees: {
         "a trace breaks": {
             "y = checkpoint(": "print(end='', flush=bool(x.sum() > 0))\n"
-            "            y = checkpoint("
-        },
-    },
+            "            y = checkpoint("}},
     test_the_way_back_is_through_the_buffers_of_the_way_there: {
-        "the context holds the layer itself": {APPLY: "y = _Product.apply(y, self)"},
-    },
+        "the context holds the layer itself": {"self.snapshot())": "self)"}},
     test_a_compiled_layer_keeps_no_unpacked_weight: {
         "a compiled layer multiplies as any": {
-            "if torch.compiler.is_compiling():  # a trace": "if False:  # a trace"
-        },
-    },
+            "if torch.compiler.is_compiling():  # a trace": "if False:  # a trace"}},
     test_no_buffer_is_a_view_of_more: {
         "the absmax are a view": {"[: len(absmax)].clone()": "[: len(absmax)]"},
         "the codes are a view": {
-            CODE_PAIRS: "(indices[::2] << 4 | indices[1::2])[: (n + 1) // 2, None]"
-        },
-    },
-    test_a_layer_moves_whatever_the_default_device: {
-        "a cast makes tensors where the default says": {PROBE: "dtype=self.dtype)"},
-    },
+            CODE_PAIRS: "(indices[::2] << 4 | indices[1::2])[: (n + 1) // 2, None]"}},
     test_a_compiled_dequantize_agrees_to_the_bit: {
         "compiled, the half that is first comes last": {
-            "pairs[rows.int()]": "pairs.flip(1)[rows.int()]"
-        },
+            "pairs[index_bytes.int()]": "pairs.flip(1)[index_bytes.int()]"},
         "compiled, every block has the first one's absmax": {
-            "absmax[:, None, None]": "absmax[:1, None, None]"
-        },
+            "absmax[:, None, None]": "absmax[:1, None, None]"},
         "compiled, a weight comes back in float32": {
-            "[:, None, None]).to(dtype)": "[:, None, None])"
-        },
-    },
+            "[:, None, None]).to(dtype)": "[:, None, None])"}},
     test_gradients_of_a_lora_are_those_over_the_unpacked_weight: {
         "a LoRA gets no gradient through the layer": {
-            BACK: "torch.zeros_like(grad) @ dequantize(ctx.q, ctx.dtype), None"
-        },
-    },
+            BACK: "torch.zeros_like(grad) @ dequantize(ctx.q, ctx.dtype), None"}},
 }
-MUTATIONS = {what: (law, c) for law, each in BROKEN.items() for what, c in each.items()}
+# fmt: on
+MUTATIONS = by_fault(BROKEN)
