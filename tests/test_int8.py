@@ -19,8 +19,10 @@ from common import (
     IDS,
     assert_one_sentence,
     assert_unchanged,
+    by_fault,
     gpt2,
     llama,
+    refused,
     snapshot,
     t5,
 )
@@ -28,7 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from peftlab import int8 as reference
@@ -36,6 +38,7 @@ from peftlab import lora
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODELS = {"llama": llama, "gpt2": gpt2, "t5": t5}
+SOME = (5, 90, 200)  # columns with outliers
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +92,12 @@ def by_hand(values):
 
 def spread(q):
     """absmax for each value."""
+    absmax = q.absmax.double()
     if q.blocksize:
-        flat = q.absmax.expand(-1, q.blocksize).flatten()[: q.codes.numel()]
-        return flat.view(q.codes.shape).double()
-    return q.absmax.expand(q.codes.shape).double()
+        size = min(q.blocksize, q.codes.numel())
+        absmax = absmax.expand(-1, size).flatten()[: q.codes.numel()]
+        return absmax.view(q.codes.shape)
+    return absmax.expand(q.codes.shape)
 
 
 @contextmanager
@@ -137,34 +142,34 @@ def test_a_code_is_127_x_over_absmax_rounded_half_to_even(int8):
 
 def test_each_slice_along_dim_has_an_absmax_of_its_own(int8):
     x = randn(3, 4, 5) * torch.tensor([1e-3, 1, 50.0]).view(3, 1, 1)
-    for dim in (0, 1, 2, -1, -2, -3):
+    for dim in (0, 1, 2, -1, -3):
         q = int8.quantize(x, dim=dim)
         assert q.absmax.shape == x.abs().amax(dim, keepdim=True).shape
-        slices = q.codes.movedim(dim, -1).reshape(-1, x.shape[dim])
-        shares = q.absmax.flatten()
-        for i, row in enumerate(x.movedim(dim, -1).reshape(-1, x.shape[dim])):
+        rows = [t.movedim(dim, -1).reshape(-1, x.shape[dim]) for t in (x, q.codes)]
+        for row, got, share in zip(*rows, q.absmax.flatten(), strict=True):
             codes, absmax = by_hand(row.tolist())
-            assert shares[i] == absmax, f"dim {dim}: absmax is shared by other values"
-            assert slices[i].tolist() == codes
+            assert share == absmax, f"dim {dim}: absmax is shared by other values"
+            assert got.tolist() == codes
 
 
 def test_each_block_of_the_flat_tensor_has_an_absmax_of_its_own(int8):
-    for x in (randn(6, 11), randn(11, 6).T, randn(64)):
+    for x in (randn(6, 11), randn(11, 6).T):
         flat = x.flatten().tolist()
-        for n in (1, 7, 64, 66, 1000):
+        for n in (1, 7, 66, 67, 2**40, 10**400):  # the last may be short, or the only
             q = int8.quantize(x, blocksize=n)
-            blocks = [by_hand(flat[i : i + n]) for i in range(0, len(flat), n)]
+            step = min(n, 66)
+            blocks = [by_hand(flat[i : i + step]) for i in range(0, 66, step)]
             assert q.absmax.flatten().tolist() == [absmax for _, absmax in blocks]
             assert q.codes.shape == x.shape
             codes = [code for block, _ in blocks for code in block]
-            assert q.codes.flatten().tolist() == codes, (
-                f"blocks of {n} run over the rows, the last may be short"
-            )
+            assert q.codes.flatten().tolist() == codes, f"blocks of {n} run over rows"
+            gap = (int8.dequantize(q) - x).abs()
+            assert (gap <= spread(q) / 253).all()
 
 
 def test_going_back_gives_codes_times_absmax_over_127(int8):
     x = randn(6, 11)
-    for how in ({}, dict(dim=0), dict(dim=1), dict(blocksize=7)):
+    for how in ({}, dict(dim=0), dict(blocksize=7)):
         q = int8.quantize(x, **how)
         exact = q.codes.double() * spread(q) / 127
         back = int8.dequantize(q).double()
@@ -191,22 +196,21 @@ def test_zeros_stay_zeros(int8):
 def test_no_magnitude_is_too_small_or_too_large(int8):
     row = torch.tensor([1.0, -0.5, 0.25, 0.01])
     codes = by_hand(row.tolist())[0]
-    for power in (-149, -140, -128, -126, -122, -120, -100, -99, 60, 120, 127):
+    for power in (-149, -140, -128, -122, -100, -99, 60, 127):
         x = torch.ldexp(row.double(), torch.tensor(power)).float()
         q = int8.quantize(x)
-        assert abs(int8.dequantize(q) - x).max() <= q.absmax / 254 * 1.01 + 2**-149, (
+        gap = abs(int8.dequantize(q) - x).max()
+        assert gap <= q.absmax / 254 * 1.01 + 2**-149, (
             f"absmax 2**{power}: does 127 / absmax or codes * absmax overflow?"
         )
         if power > -135:  # below, float32 has not the bits to hold the row
             assert q.codes.tolist() == codes, f"absmax 2**{power} gives other codes"
-    x = torch.tensor([3.4e38, -3.4e38, 1e38])
-    assert torch.isfinite(int8.dequantize(int8.quantize(x))).all()
     assert int8.quantize(torch.tensor([1e-40, -1e-40])).codes.tolist() == [127, -127]
 
 
 SHARING = ({}, dict(dim=-1), dict(dim=0), *({"blocksize": n} for n in (1, 3, 8)))
 EVERY = settings(
-    max_examples=150, deadline=None, derandomize=True, report_multiple_bugs=False
+    max_examples=60, deadline=None, derandomize=True, report_multiple_bugs=False
 )
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TIES = st.sampled_from([0.0, 0.5, 1.5, 2.5, 127.0])  # beside 127, a half is a tie
@@ -220,8 +224,9 @@ def matrices(draw, floats=FINITE):
     n = rows * columns
     values = draw(st.lists(floats, min_size=n, max_size=n))
     x = torch.tensor(values, dtype=torch.float64).view(rows, columns)
-    if (dtype := draw(st.sampled_from(DTYPES))) == torch.float64:
-        x = x / 3 if draw(st.booleans()) else x  # thirds are not float32's
+    dtype = draw(st.sampled_from(DTYPES))
+    if dtype == torch.float64 and draw(st.booleans()):
+        x = x / 3  # thirds are not float32's
     return x.to(dtype).nan_to_num()  # beyond it: its largest
 
 
@@ -312,23 +317,18 @@ def test_a_layer_computes_equation_8(int8):
         assert ((layer(x) - fine).abs() <= half_steps + 1e-5).all()
 
 
-def with_outliers():
-    """A layer, inputs of which each has three values of up to 60, the exact answer."""
+def test_outliers_cost_little_with_the_threshold_and_much_without(int8):
+    """64 inputs, of which each has three values of up to 60."""
     base, x = plain(1024, 256, seed=11), randn(64, 1024, seed=7).clamp(-5, 5)
     signs, sizes = randn(64, 3, seed=9).sign(), 60 - 18 * randn(64, 3).sigmoid()
     x[:, [5, 200, 900]] = signs * sizes
-    return base, x, base(x)
-
-
-def test_outliers_cost_little_with_the_threshold_and_much_without(int8):
-    base, x, exact = with_outliers()
-    mixed, naive = (int8.Int8Linear(base, t) for t in (6.0, 0))
-    errors = [(layer(x) - exact).std() / exact.std() for layer in (mixed, naive)]
-    assert errors[0] < 0.01, f"with the threshold: an error of {errors[0]:.3f}"
-    assert errors[1] > 4 * errors[0], "is the threshold ignored?"
-    exact = linear(x, mixed.weight, base.bias)  # and the weight's own rounding apart
-    errors = [(layer(x) - exact).std() / exact.std() for layer in (mixed, naive)]
-    assert errors[1] > 10 * errors[0], "the outliers coarsen the other columns"
+    layers = [int8.Int8Linear(base, t) for t in (6.0, 0)]
+    # over the base, and over the weight that is stored: its own rounding apart
+    for weight, times in ((base.weight, 4), (layers[0].weight, 10)):
+        exact = linear(x, weight, base.bias)
+        mixed, naive = ((m(x) - exact).std() / exact.std() for m in layers)
+        assert mixed < 0.01, f"with the threshold: an error of {mixed:.3f}"
+        assert naive > times * mixed, "is the threshold ignored?"
 
 
 def test_the_integer_product_is_exact_for_any_shape(int8):
@@ -351,21 +351,18 @@ def test_the_integer_product_is_exact_for_any_shape(int8):
 
 def test_any_leading_shape_and_float_goes_through(int8):
     base = plain()
-    layer = int8.Int8Linear(base)
-    flat = layer(activations())
-    assert torch.equal(layer(activations().view(2, 4, 2, 24)), flat.view(2, 4, 2, 10))
-    turned = activations().T.contiguous().T
-    assert torch.equal(layer(turned), flat), "strides change the numbers"
-    one = activations()[:1]
-    torch.testing.assert_close(layer(one.expand(3, 24)), layer(one).expand(3, 10))
-    last = int8.Int8Linear(base, 0)(activations())[-1]
-    torch.testing.assert_close(int8.Int8Linear(base, 0)(activations()[-1]), last)
-    for empty in ((0, 24), (3, 0, 24)):
-        x = torch.zeros(empty, requires_grad=True)
-        y = layer(x)
-        assert y.shape == (*empty[:-1], 10)
-        y.sum().backward()
-        assert x.grad.shape == empty
+    layer, x = int8.Int8Linear(base), activations()
+    flat = layer(x)
+    assert torch.equal(layer(x.view(2, 4, 2, 24)), flat.view(2, 4, 2, 10))
+    assert torch.equal(layer(x.T.contiguous().T), flat), "strides change the numbers"
+    torch.testing.assert_close(layer(x[:1].expand(3, 24)), layer(x[:1]).expand(3, 10))
+    naive = int8.Int8Linear(base, 0)
+    torch.testing.assert_close(naive(x[-1]), naive(x)[-1])
+    x = torch.zeros(3, 0, 24, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (3, 0, 10)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
     for dtype in DTYPES:
         x = activations(dtype=dtype)
         y = layer(x)
@@ -394,11 +391,9 @@ def test_not_a_number_stays_in_its_row(int8):
             fine = layer(x)
             x[2, 5] = bad
             y = layer(x)
-            assert not y[2].isfinite().any(), (
-                f"{bad} in, finite out: an error is hidden"
-            )
-            kept = torch.cat([y[:2], y[3:]])
-            assert (kept - torch.cat([fine[:2], fine[3:]])).abs().max() < 0.05
+            assert not y[2].isfinite().any(), f"{bad} in, finite out: it is hidden"
+            others = torch.arange(len(x)) != 2
+            assert (y - fine)[others].abs().max() < 0.05
 
 
 def test_the_gradient_is_that_of_the_dequantized_weight(int8):
@@ -489,18 +484,13 @@ def test_copies_and_stored_states_give_the_same_numbers(int8):
 
 
 def test_gpt2s_conv1d_is_stored_as_out_by_in(int8):
-    base = Conv1D(10, 24)
-    twin = plain()
-    base.weight.data, base.bias.data = twin.weight.data.T.clone(), twin.bias.data
-    ours, theirs = int8.Int8Linear(base), int8.Int8Linear(twin)
-    assert ours.codes.shape == (10, 24) and ours.codes.is_contiguous()
-    assert torch.equal(ours.absmax, theirs.absmax), "absmax is over the input"
-    assert torch.equal(ours(activations()), theirs(activations()))
-    square = Conv1D(24, 24)
-    square.weight.data = randn(24, 24)
-    torch.testing.assert_close(
-        int8.Int8Linear(square).weight, square.weight.T, rtol=0, atol=0.02
-    )
+    for n_in in (24, 10):  # square, too, where a wrong transpose still fits
+        twin, base = plain(n_in), Conv1D(10, n_in)
+        base.weight.data, base.bias.data = twin.weight.data.T.clone(), twin.bias.data
+        ours, theirs = int8.Int8Linear(base), int8.Int8Linear(twin)
+        assert ours.codes.shape == (10, n_in) and ours.codes.is_contiguous()
+        assert torch.equal(ours.absmax, theirs.absmax), "absmax is over the input"
+        assert torch.equal(ours.codes, theirs.codes)
 
 
 def test_whole_models_keep_their_function(int8):
@@ -523,7 +513,7 @@ def test_whole_models_keep_their_function(int8):
 
 def test_lora_trains_over_int8_and_merge_refuses_it(int8):
     model = lora.add(quantized(int8, gpt2()), ["c_attn", "c_proj", "c_fc"], r=4)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    before = snapshot(model)[0]
     plain_output = model(IDS).logits
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):  # B moves first, then A
@@ -534,11 +524,7 @@ def test_lora_trains_over_int8_and_merge_refuses_it(int8):
     for name, t in model.state_dict().items():
         moved = not torch.equal(t, before[name])
         assert moved == ("lora_" in name), f"{name}: {'moved' if moved else 'idle'}"
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="packed") as error:
-        lora.merge(model)
-    assert_one_sentence(error)
-    assert_unchanged(model, before)
+    refused(model, "packed", lora.merge)
 
 
 # Bad input: one sentence each
@@ -554,14 +540,14 @@ BAD = {
     "must be a": [
         *((x, {}) for x in (torch.arange(4), ONES > 0, [1.0, 2.0], None)),
         *((ONES.to(t), {}) for t in (torch.complex64, torch.float8_e4m3fn)),
-        *((x, dict(dim=-1)) for x in (ONES[:0], ONES[:, :0], ONES.to_sparse())),
+        *((x, dict(dim=-1)) for x in (ONES[:, :0], ONES.to_sparse())),
     ],
     "has no dim": [
         *((ONES, dict(dim=d)) for d in (2, -3, 10**400, True, 1.0, "rows", (0, 1))),
         (torch.tensor(1.0), dict(dim=0)),
     ],
     "blocksize is a whole": [
-        (ONES, dict(blocksize=n)) for n in (0, -1, -(10**400), 64.0, True, "64")
+        (ONES, dict(blocksize=n)) for n in (0, -(10**400), 64.0, True, "64")
     ],
     "not both": [(ONES, dict(dim=0, blocksize=2))],
 }
@@ -570,17 +556,7 @@ BAD = {
 @pytest.mark.parametrize("words", BAD)
 def test_bad_input_gets_one_sentence(words):
     for x, how in BAD[words]:
-        with pytest.raises(ValueError, match=words) as error:
-            reference.quantize(x, **how)
-        assert_one_sentence(error)
-
-
-def test_a_block_may_be_longer_than_the_tensor(int8):
-    x, one = randn(3, 4), int8.quantize(randn(3, 4))
-    for n in (12, 13, 2**40, 10**400):
-        q = int8.quantize(x, blocksize=n)
-        assert torch.equal(q.codes, one.codes) and q.absmax.shape == (1, 1)
-        assert torch.equal(int8.dequantize(q), int8.dequantize(one))
+        refused(x, words, reference.quantize, **how)
 
 
 class Scaled(nn.Linear):
@@ -599,43 +575,26 @@ def spoiled(value):
     return base
 
 
-def hooked(kind):
+def hooked():
     base = plain()
-    getattr(base, f"register_forward_{kind}")(lambda *a: None)
+    base.register_forward_hook(lambda *a: None)
     return base
-
-
-def cast(dtype):
-    base = plain()
-    base.weight = nn.Parameter(base.weight.data.to(dtype), requires_grad=False)
-    return base
-
-
-def linear4bit():
-    return bitsandbytes.nn.Linear4bit(64, 64).to("cpu")
-
-
-def linear8bit():
-    return bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu")
 
 
 BAD_BASES = {
     "plain linear": [
-        *(lambda: nn.LayerNorm(4), lambda: nn.Embedding(4, 4), lambda: None),
-        *(lambda: nn.Conv1d(4, 4, 1), lambda: ONES, lambda: nn.LazyLinear(4)),
+        *(lambda: nn.LayerNorm(4), lambda: None, lambda: nn.LazyLinear(4)),
         lambda: lora.add(nn.Sequential(plain()), ["0"])[0],
     ],
     "a packed": [
-        *(lambda: reference.Int8Linear(plain()), linear4bit, linear8bit),
-        lambda: cast(torch.float8_e5m2),
+        lambda: reference.Int8Linear(plain()),
+        lambda: bitsandbytes.nn.Linear4bit(64, 64).to("cpu"),
+        lambda: bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu"),
     ],
-    "computed": [
-        lambda: prune.l1_unstructured(plain(), "weight", 0.5),
-        lambda: parametrizations.weight_norm(plain()),
-    ],
+    "computed": [lambda: prune.l1_unstructured(plain(), "weight", 0.5)],
     "NaN": [lambda: spoiled(math.nan), lambda: spoiled(math.inf)],
     "more than W x": [lambda: Scaled(24, 10)],
-    "hooks": [lambda: hooked("hook"), lambda: hooked("pre_hook")],
+    "hooks": [hooked],
 }
 
 
@@ -658,35 +617,19 @@ def test_a_class_of_its_own_that_is_a_plain_product_is_packed(int8):
 
 def test_a_bad_threshold_gets_one_sentence():
     for value in (-1, math.nan, math.inf, 10**400, "6", None, True):
-        for call in (reference.Int8Linear, reference.decompose):
-            with pytest.raises(ValueError, match="threshold") as error:
-                call(plain() if call is reference.Int8Linear else ONES, value)
-            assert_one_sentence(error)
+        refused(plain(), "threshold", reference.Int8Linear, value)
+        refused(ONES, "threshold", reference.decompose, value)
 
 
 def test_a_bad_input_gets_one_sentence(int8):
-    layer = int8.Int8Linear(plain())
-    x = torch.ones(2, 24)
-    bad = [
-        x[:, :12],
-        torch.tensor(1.0),
-        x.long(),
-        x > 0,
-        x.to(torch.float8_e4m3fn),
-        None,
-    ]
-    for x in bad:
-        with pytest.raises(ValueError, match="must be floats") as error:
-            layer(x)
-        assert_one_sentence(error)
-    for x in (None, ONES[0], ONES.int(), [[1.0]]):
-        with pytest.raises(ValueError, match="a matrix") as error:
-            int8.decompose(x, 6.0)
-        assert_one_sentence(error)
-    for q in (None, ONES, (ONES, ONES)):
-        with pytest.raises(ValueError, match="what quantize made") as error:
-            int8.dequantize(q)
-        assert_one_sentence(error)
+    layer, x = int8.Int8Linear(plain()), torch.ones(2, 24)
+    bad = (x[:, :12], torch.tensor(1.0), x.long(), x.to(torch.float8_e4m3fn), None)
+    cases = [("must be floats", layer, value) for value in bad]
+    matrices = (None, ONES[0], ONES.int(), [[1.0]])
+    cases += [("a matrix", lambda v: int8.decompose(v, 6.0), v) for v in matrices]
+    cases += [("what quantize made", int8.dequantize, q) for q in (ONES, (ONES, ONES))]
+    for words, call, value in cases:
+        refused(value, words, call)
 
 
 # The oracle: bitsandbytes
@@ -706,11 +649,10 @@ def theirs(base, threshold):
 
 
 def test_rows_have_the_librarys_codes_and_stats():
-    shapes = ((1, 8), (5, 7), (16, 24), (64, 333), (512, 1024))
-    xs = [randn(*s, dtype=torch.float16) * z for s in shapes for z in (0.1, 1, 10)]
-    zeros = torch.zeros(3, 8).half()
-    zeros[1] = randn(8)
-    for x in (*xs, zeros):
+    shapes = ((1, 8), (5, 7), (64, 333))
+    xs = [randn(*s, dtype=torch.float16) * z for s in shapes for z in (0.1, 10)]
+    xs.append(torch.cat([xs[0], 0 * xs[0]]))
+    for x in xs:
         codes, stats, columns = int8_vectorwise_quant(x.clone())
         q = reference.quantize(x, dim=-1)
         assert columns is None and torch.equal(q.codes, codes)
@@ -729,8 +671,7 @@ def test_outliers_have_the_librarys_columns_codes_and_stats(rows, outliers):
     assert torch.equal(rest.absmax.flatten(), stats)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("outliers", [(), (5, 90, 200)])
+@pytest.mark.parametrize("outliers, threshold", [((), 6.0), (SOME, 0.0), (SOME, 6.0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_layer_answers_as_the_librarys(dtype, outliers, threshold):
     """On float16 within roundings of the answer (the library rounds thrice, we once).
@@ -817,59 +758,45 @@ AT_LEAST = "(size >= (threshold or torch.inf)).any(0)"
 ROWS = "size.amax(-1, keepdim=True)"
 
 # {the law that goes red: {what is broken: {text: text in its place}}}
+# fmt: off
 BROKEN = {
     test_a_code_is_127_x_over_absmax_rounded_half_to_even: {
         "the codes are cut off, not rounded": {"round_()": "trunc_()"},
         "halves are rounded up": {"round_()": "add_(0.5).floor_()"},
         "absmax becomes 128": {"scale = 127 /": "scale = 128 /"},
         "only 7 bits are used": {"scale = 127 /": "scale = 63 /"},
-        "the code is unsigned": {ROUND: f"{ROUND}.abs()"},
-    },
+        "the code is unsigned": {ROUND: f"{ROUND}.abs()"}},
     test_each_slice_along_dim_has_an_absmax_of_its_own: {
         "dim is ignored": {AMAX: "values.abs().amax().float()"},
         "dim is what is kept": {
             AMAX: "values.abs().amax([d for d in range(x.dim()) if d != axis], "
-            "keepdim=True).float()"
-        },
-    },
+            "keepdim=True).float()"}},
     test_each_block_of_the_flat_tensor_has_an_absmax_of_its_own: {
         "the blocks run over columns": {"pad(x.flatten()": "pad(x.mT.flatten()"},
         "the last block is dropped": {MISSING: "-(x.numel() % size)"},
         "a block too many": {MISSING: "size - x.numel() % size"},
-    },
-    test_a_block_may_be_longer_than_the_tensor: {
-        "a long block is filled up": {"min(blocksize, x.numel())": "blocksize"},
-    },
+        "a long block is filled up": {"min(blocksize, x.numel())": "blocksize"}},
     test_going_back_gives_codes_times_absmax_over_127: {
         "going back divides by 128": {"div_(127)": "div_(128)"},
         "going back forgets absmax": {".mul_(q.absmax)": ""},
         "absmax is kept in 16 bits": {"keepdim=True).float()": "keepdim=True)"},
-        "what comes back is float32": {".to(q.dtype)": ""},
-    },
+        "what comes back is float32": {".to(q.dtype)": ""}},
     test_zeros_stay_zeros: {
-        "zeros get an absmax of their own": {AMAX: f"{AMAX}.clamp(min=1e-8)"},
-    },
+        "zeros get an absmax of their own": {AMAX: f"{AMAX}.clamp(min=1e-8)"}},
     test_no_magnitude_is_too_small_or_too_large: {
         "127 / absmax overflows": {GROW: "grow = 1.0"},
         "codes * absmax overflows": {
-            BACKWARDS: "codes.float().mul_(q.absmax).div_(127)"
-        },
-    },
+            BACKWARDS: "codes.float().mul_(q.absmax).div_(127)"}},
     test_the_round_trip_is_within_half_a_step: {
         "the codes are counted by the mean": {
-            "values.abs().amax(axis": "values.abs().mean(axis"
-        },
-        "rounding costs a whole step": {"round_()": "floor_()"},
-    },
+            "values.abs().amax(axis": "values.abs().mean(axis"},
+        "rounding costs a whole step": {"round_()": "floor_()"}},
     test_signs_and_scales_leave_the_codes_alone: {
         "the largest takes the place of absmax": {"values.abs()": "values"},
-        "signs are rounded apart": {"round_()": "add_(0.5).floor_()"},
-    },
+        "signs are rounded apart": {"round_()": "add_(0.5).floor_()"}},
     test_outlier_columns_meet_weights_rounded_to_their_dtype: {
         "outlier columns meet weights in float32": {
-            "absmax, x.dtype))": "absmax, torch.float32))"
-        },
-    },
+            "absmax, x.dtype))": "absmax, torch.float32))"}},
     test_columns_with_a_large_value_are_taken_out: {
         "one outlier in a row is too few": {".all(0)": ".any(0)"},
         "the threshold itself is no outlier": {SMALL: SMALL.replace("<", "<=")},
@@ -878,118 +805,88 @@ BROKEN = {
         "outlier columns count twice": {".index_fill_(1, columns, 0)": ""},
         "an outlier coarsens its row": {".where(is_small[:, columns], 0)": ""},
         "threshold 0 takes out every column": {"threshold or torch.inf": "threshold"},
-        "the rows share one absmax": {ROWS: "size.amax().expand(len(x), 1)"},
-    },
+        "the rows share one absmax": {ROWS: "size.amax().expand(len(x), 1)"}},
     test_a_layer_computes_equation_8: {
         "the weight has one absmax": {"_weight(base), dim=-1)": "_weight(base))"},
         "the product is not rescaled by rows of x": {RESCALED: "y * (absmax.T / 127)"},
         "the product is not rescaled by rows of W": {
-            RESCALED: "y * (rest.absmax / 127)"
-        },
+            RESCALED: "y * (rest.absmax / 127)"},
         "127 is forgotten once": {RESCALED: "y * rest.absmax * (absmax.T / 127)"},
         "outliers are dropped": {"if len(columns):": "if False:"},
-        "the bias is dropped": {"y.add_(bias)": "pass"},
-    },
+        "the bias is dropped": {"y.add_(bias)": "pass"}},
     test_outliers_cost_little_with_the_threshold_and_much_without: {
         "the threshold is ignored": {
-            "decompose(x, threshold)\n            y": "decompose(x, 0)\n            y"
-        },
+            "decompose(x, threshold)\n            y": "decompose(x, 0)\n            y"},
     },
     test_the_integer_product_is_exact_for_any_shape: {
         "one input goes the library's wrong way": {"if a.shape[1] == 1:": "if False:"},
         "float32 sums grow too long": {SPLIT: SPLIT.replace("1040", "4096")},
         "float32 sums are added in float32": {EXACT: EXACT.removesuffix(".int()")},
-        "sums in bfloat16": {EXACT: "(p.bfloat16() @ q.bfloat16().T).int()"},
-    },
+        "sums in bfloat16": {EXACT: "(p.bfloat16() @ q.bfloat16().T).int()"}},
     test_any_leading_shape_and_float_goes_through: {
         "the answer is in float32": {"return y.to(x.dtype)": "return y"},
-        "leading shapes are lost": {"y.view(*x.shape[:-1], self.out_features)": "y"},
-    },
+        "leading shapes are lost": {"y.view(*x.shape[:-1], self.out_features)": "y"}},
     test_autocast_changes_no_number: {
         "autocast rounds the sums": {
-            "with torch.autocast(x.device.type, enabled=False):": "if True:"
-        },
-    },
+            "with torch.autocast(x.device.type, enabled=False):": "if True:"}},
     test_not_a_number_stays_in_its_row: {
         "NaN is hidden": {COLUMNS: AT_LEAST, "size.amax(": "size.nan_to_num(0).amax("},
         "NaN spreads to other rows": {
             ROWS: "size.amax().expand(len(x), 1)",
-            COLUMNS: AT_LEAST,
-        },
-    },
+            COLUMNS: AT_LEAST}},
     test_the_gradient_is_that_of_the_dequantized_weight: {
         "the gradient passes no absmax": {
             "w = dequantize(Quantized(codes, absmax, grad.dtype))": "w = codes.to("
-            "grad.dtype)"
-        },
+            "grad.dtype)"},
         "the gradient is zero, as rounding's is": {"grad @ w": "0 * grad @ w"},
         "a trained bias gets no gradient": {"if ctx.needs_input_grad[1]": "if False"},
-        "the bias trains": {BIAS: "nn.Parameter(base.bias.data)"},
-    },
+        "the bias trains": {BIAS: "nn.Parameter(base.bias.data)"}},
     test_backward_keeps_no_input_and_no_float_weight: {
         "the float weight is kept for backward": {
             SAVE: f"{SAVE[:-1]}, dequantize(Quantized(codes, absmax, x.dtype)))",
-            SAVED: "codes, absmax, _ = ctx.saved_tensors",
-        },
+            SAVED: "codes, absmax, _ = ctx.saved_tensors"},
         "the input is kept for backward": {
             SAVE: f"{SAVE[:-1]}, x)",
-            SAVED: "codes, absmax, _ = ctx.saved_tensors",
-        },
-    },
+            SAVED: "codes, absmax, _ = ctx.saved_tensors"}},
     test_the_base_is_left_alone_and_the_layer_is_frozen: {
         "the base is frozen too": {BIAS: "base.bias.requires_grad_(False)"},
         "the layer is in train mode": {"self.training = base.training": "pass"},
         "in and out are exchanged": {
             "self.out_features, self.in_features =": "self.in_features, self."
-            "out_features ="
-        },
-    },
+            "out_features ="}},
     test_the_weight_is_made_anew_with_a_warning_on_it: {
         "merging is not warned": {"W.quant_state = q": "pass"},
         "the weight is in float32": {
-            "self.absmax, self.like.dtype)": "self.absmax, torch.float32)"
-        },
+            "self.absmax, self.like.dtype)": "self.absmax, torch.float32)"},
         "the float weight is stored along": {
-            BUFFER: f'{BUFFER}; self.register_buffer("w", base.weight.data)'
-        },
-    },
+            BUFFER: f'{BUFFER}; self.register_buffer("w", base.weight.data)'}},
     test_a_cast_of_the_model_spares_codes_and_absmax: {
         "a cast rounds absmax": {"super()._apply(move)": "super()._apply(fn)"},
         "absmax stays on its device": {"t.to(fn(t).device)": "t"},
         "the weight's dtype does not follow a cast": {
             "self.like.dtype": "self.kind",
-            "self.training =": "self.kind = base.weight.dtype; self.training =",
-        },
-    },
+            "self.training =": "self.kind = base.weight.dtype; self.training ="}},
     test_copies_and_stored_states_give_the_same_numbers: {
         "absmax is not in the state dict": {
-            BUFFER: f"{BUFFER[:-1]}, persistent=False)"
-        },
-    },
+            BUFFER: f"{BUFFER[:-1]}, persistent=False)"}},
     test_gpt2s_conv1d_is_stored_as_out_by_in: {
-        "Conv1D is taken for a Linear": {"_weight(base), dim": "base.weight, dim"},
-    },
+        "Conv1D is taken for a Linear": {"_weight(base), dim": "base.weight, dim"}},
     test_a_base_that_cannot_be_packed_gets_one_sentence: {
-        "any layer is packed": {"_refuse_unpackable(base)\n        q": "q"},
-    },
+        "any layer is packed": {"_refuse_unpackable(base)\n        q": "q"}},
     test_a_class_of_its_own_that_is_a_plain_product_is_packed: {
         "every class of its own is refused": {
             "if not _is_plain(base):": "if type(base).forward is not nn.Linear.forward:"
-        },
-    },
+        }},
     test_a_bad_input_gets_one_sentence: {
-        "an input may have any width": {"x.shape[-1:] != (in_features,)": "False"},
-    },
+        "an input may have any width": {"x.shape[-1:] != (in_features,)": "False"}},
     test_whole_models_keep_their_function: {
         "the weight is rounded to 3 bits": {
             "scale = 127 /": "scale = 3 /",
             RESCALED: RESCALED.replace("127", "3"),
-            "div_(127)": "div_(3)",
-        },
-        "no gradient comes through a layer": {"return grad @ w": "return None"},
-    },
+            "div_(127)": "div_(3)"},
+        "no gradient comes through a layer": {"return grad @ w": "return None"}},
     test_lora_trains_over_int8_and_merge_refuses_it: {
-        "no gradient reaches a LoRA below": {"return grad @ w": "return 0 * grad @ w"},
-    },
+        "no gradient reaches a LoRA below": {"return grad @ w": "return 0 * grad @ w"}},
 }
-MUTATIONS = {what: (law, c) for law, each in BROKEN.items() for what, c in each.items()}
+# fmt: on
+MUTATIONS = by_fault(BROKEN)
