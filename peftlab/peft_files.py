@@ -19,44 +19,23 @@ Which names in the file belong to which method, for a layer at `path` of the bas
 
 A PiSSA is written as a LoRA of twice the rank that fits the original base; peft's PiSSA
 files are read as PiSSA. A `dropout` in a DoRA, VeRA or IA3 file is left out: it belongs
-to peft's training. Adapters, BitFit and held LoRAs have no form in peft.
+to peft's training. Adapters, BitFit and inactive LoRAs have no form in peft.
 
 Only safetensors are read or written, never pickle. A setting that would change numbers
-and that we do not support is refused by its name.
-
-A save is a transaction: wherever it is killed, `load` finds the old adapter or the new
-one, whole, and the next save cleans up. Both new files are written beside the old ones.
-From the moment that the new config is named `.adapter_config.json.new` they count, and
-`load` prefers them; then they move into place. In between peft finds no config. The
-weights' metadata holds a digest of the settings that they belong to, so that two
-adapters' files in one folder are refused. Verified against peft 0.21.
+and that we do not support is refused by its name. How a folder is written so that no
+adapter is ever lost is `adapter_folder.py`. Verified against peft 0.18 to 0.21.
 """
 
-import contextlib
-import hashlib
 import inspect
 import json
 import math
-import os
 import re
-import reprlib
-import shutil
-import stat
-import threading
-import time
-from pathlib import Path
+from hashlib import sha256
 from typing import NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 
-from . import dora, ia3, lora, pissa, prefix, prompt, surgery, vera
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from . import adapter_folder, dora, ia3, lora, pissa, prefix, prompt, surgery, vera
 
 
 def save(model, folder, heads=(), task_type=None):
@@ -64,7 +43,7 @@ def save(model, folder, heads=(), task_type=None):
 
     Args:
         model: one that carries LoRA, DoRA, PiSSA, VeRA or IA3, or the wrapper of a
-            prompt or prefix.
+            prompt or prefix; torch.compile may be around it.
         folder: where the two files go; made if it is not there.
         heads: names of modules saved whole, such as a new output layer. The
             `classifier`, `score` or `qa_outputs` of a task that has one always goes
@@ -76,48 +55,35 @@ def save(model, folder, heads=(), task_type=None):
             a parameter that trains and would not be in the file, NaN and infinity, a
             folder without a name, and a head that does not exist, carries the adapter
             or shares its weight.
-        OSError: the old adapter, if there was one, is whole.
+        OSError: `load` finds the old adapter or the new one, whole.
     """
+    model = surgery.uncompiled(model)
     surgery.refuse_containers(model)
-    folder = _path(folder)
     name = _carried(model)
     method = METHODS[name]
     soft = method.keys is SOFT
     base = model.model if soft else model
-    layers = {} if soft else _layers(model, name)
+    layers = {} if soft else surgery.wrappers(model, method.layer)
 
-    if task_type is None:
-        task_type = _task_that_peft_runs(base)
-        heads = [*_names(heads), *_heads_of_task(base, _task(base))]
-    else:
-        heads = [*_names(heads), *_heads_of_task(base, task_type)]
-    if soft:
-        task_type = task_type or "FEATURE_EXTRACTION"
-    heads = list(dict.fromkeys(heads))
+    guess = _task(base)
+    heads = _all_heads(base, heads, guess if task_type is None else task_type)
     _check_heads(base, heads, layers, name)
     _refuse_left_out(model, base, name, heads)
+    if task_type is None and _takes_what_peft_hands_on(base, guess):
+        task_type = guess
+    if soft:
+        task_type = task_type or "FEATURE_EXTRACTION"
 
-    own = pissa.to_lora(model) if name == "PiSSA" else method.module.state_dict(model)
-    tensors = {_to_file(key, name, layers): t for key, t in own.items()}
-    if name == "VeRA":
-        (shared,) = next(iter(layers.values())).frozen
-        tensors |= dict(zip(SHARED, (shared.vera_A, shared.vera_B), strict=True))
-    front = "base_model." if soft else PREFIX  # peft wraps no layer for a soft prompt
-    tensors |= {front + key: t for key, t in _tensors_of(heads, base).items()}
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-    for key, t in tensors.items():
-        surgery.check_fits(key, t, t.dtype)
-
-    about_base = getattr(base, "config", None)
     config = dict(
         peft_type=method.peft_type,
         task_type=task_type,
-        base_model_name_or_path=getattr(about_base, "_name_or_path", None),
+        base_model_name_or_path=_config_of(base, "_name_or_path"),
         modules_to_save=heads or None,
         inference_mode=True,
     )
     config |= _soft_settings(model, name) if soft else _settings(model, name, layers)
-    _write(folder, {key: t.clone() for key, t in tensors.items()}, config)
+    tensors = _tensors_for_file(model, base, name, layers, heads)
+    adapter_folder.write(folder, config, tensors, _digest)
 
 
 def load(model, folder):
@@ -128,46 +94,50 @@ def load(model, folder):
     peft writes where a vocabulary was changed.
 
     Args:
-        model: the plain base.
+        model: the plain base; torch.compile may be around it.
         folder: the adapter's.
 
     Returns:
-        The model; for a prompt or a prefix, the wrapper around it.
+        The model as it was given; for a prompt or a prefix, the wrapper around the
+        plain base.
 
     Raises:
         ValueError: the model unchanged, for a file that is missing, truncated, empty
             or made for another model, for files of two adapters, NaN and infinity, and
             a setting that is out of range or not supported.
     """
-    surgery.refuse_containers(model)
-    held = vars(model).pop("lora_adapters", None)  # multi_lora's, which wait: no matter
+    plain = surgery.uncompiled(model)
+    surgery.refuse_containers(plain)
+    inactive = vars(plain).pop("lora_adapters", None)  # multi_lora's do not matter
     try:
-        return _load(model, _path(folder))
+        adapted = _load(plain, folder)
     finally:
-        if held is not None:
-            model.lora_adapters = held
+        if inactive is not None:
+            plain.lora_adapters = inactive
+    return model if adapted is plain else adapted
 
 
 def _load(model, folder):
-    name, config, tensors = _read(folder)
-    config = _with_pefts_targets(config, model)
+    """`load` on the plain base."""
+    config, tensors = adapter_folder.read(folder, _digest)
+    config = _checked(config)
+    name = _method_of(config)
     heads = config["modules_to_save"] or ()
+    _refuse_adapters_name(tensors)
 
-    own, replaced = _sorted(tensors, model, name, heads)
-    places = model.state_dict()
-    _check_replaced(replaced, places, model, heads)
-    for key, t in own.items():
-        if not t.is_floating_point():
-            raise ValueError(f"{_shown(key)}: {t.dtype} where floats belong")
-        surgery.check_fits(_shown(key), t, torch.float32)
+    adapter, replaced = _sorted(tensors, model, name, heads)
+    _check_replaced(replaced, model, heads)
+    if not adapter:
+        raise ValueError(f"{folder} holds no {name} tensors: the adapter is empty")
 
+    places = model.state_dict()  # the memory stays, whatever wraps its layers
     if METHODS[name].keys is SOFT:
-        model = _insert_soft(model, name, config, own, folder)
+        adapted = _insert_soft(model, name, config, adapter)
     else:
-        model = _insert(model, name, config, own, heads, replaced, folder)
+        adapted = _insert(model, name, config, adapter, heads, replaced)
     for key, t in replaced.items():
         places[key].copy_(t)
-    return model
+    return adapted
 
 
 # What goes into the file
@@ -178,9 +148,8 @@ def _carried(model):
     kinds = {type(m) for m in model.modules()}
     names = [name for name, method in METHODS.items() if method.layer in kinds]
 
-    files = {method.layer for method in METHODS.values()}
-    others = {k.peft_method for k in kinds - files if hasattr(k, "peft_method")}
-    names += sorted(others)
+    known = {method.layer for method in METHODS.values()}
+    names += sorted({k.peft_method for k in kinds - known if hasattr(k, "peft_method")})
     if any("bitfit" in vars(m) for m in model.modules()):
         names.append("BitFit")
 
@@ -193,10 +162,9 @@ def _carried(model):
     return names[0]
 
 
-def _layers(model, name):
-    """{path: layer} of the method's layers in the model."""
-    kind = METHODS[name].layer
-    return {p: m for p, m in model.named_modules() if isinstance(m, kind)}
+def _config_of(base, name):
+    """A value of the base's own config, or None."""
+    return getattr(getattr(base, "config", None), name, None)
 
 
 def _task(base):
@@ -205,29 +173,23 @@ def _task(base):
     return next((task for end, task in TASKS.items() if kind.endswith(end)), None)
 
 
-def _task_that_peft_runs(base):
-    """The same, but None for speech and pictures: peft's classes hand on token ids."""
-    task = _task(base)
+def _takes_what_peft_hands_on(base, task):
+    """Whether peft's class for the task runs the base: it hands on token ids alone."""
     inputs = inspect.signature(base.forward).parameters.keys()
-    if "input_ids" not in inputs:
-        return None
-    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    if task == "SEQ_2_SEQ_LM" and (not encodes or inputs & NO_TEXT):
-        return None
-    return task
+    if task == "SEQ_2_SEQ_LM":
+        text = not inputs & NO_TEXT
+        return "input_ids" in inputs and text and _config_of(base, "is_encoder_decoder")
+    return "input_ids" in inputs
 
 
-def _heads_of_task(base, task):
-    """The names of the new layers that peft saves whole for a task, if they exist."""
-    if task is not None and not isinstance(task, str):
-        raise ValueError(f"task_type must be peft's name of a task, not {_shown(task)}")
-    return [head for head in HEADS.get(task, ()) if hasattr(base, head)]
-
-
-def _names(heads):
+def _all_heads(base, heads, task):
+    """The names asked for, and those of the layers that peft saves for a task."""
     if isinstance(heads, str) or not all(isinstance(head, str) for head in heads):
-        raise ValueError(f"heads must be a list of names, not {_shown(heads)}")
-    return heads
+        raise ValueError(f"heads must be a list of names, not {heads!r:.160}")
+    if task is not None and not isinstance(task, str):
+        raise ValueError(f"task_type must be peft's name of a task, not {task!r:.160}")
+    of_task = [head for head in HEADS.get(task, ()) if hasattr(base, head)]
+    return list(dict.fromkeys([*heads, *of_task]))
 
 
 def _check_heads(base, heads, layers, name):
@@ -254,6 +216,23 @@ def _refuse_left_out(model, base, name, heads):
             )
 
 
+def _tensors_for_file(model, base, name, layers, heads):
+    """{name in the file: tensor}, finite, on the CPU, none sharing memory."""
+    method = METHODS[name]
+    make = pissa.to_lora if name == "PiSSA" else method.module.state_dict
+    tensors = {_to_file(key, name, layers): t for key, t in make(model).items()}
+    if name == "VeRA":
+        (shared,) = next(iter(layers.values())).frozen
+        tensors |= dict(zip(SHARED, (shared.vera_A, shared.vera_B), strict=True))
+
+    front = "base_model." if method.keys is SOFT else PREFIX  # no layer is wrapped
+    tensors |= {front + key: t for key, t in _tensors_of(heads, base).items()}
+    for key, t in tensors.items():
+        surgery.check_fits(key, t, t.dtype)
+        tensors[key] = t.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
 def _settings(model, name, layers):
     """What peft's config says of the method, for the layers in the model."""
     layer = next(iter(layers.values()))
@@ -269,10 +248,10 @@ def _settings(model, name, layers):
         config |= dict(r=len(layer.vera_d), bias="none")
         return config | dict(projection_prng_key=layer.seed, save_projection=True)
 
-    pissa_rank = 2 * layer.r  # as a LoRA whose scaling is 1
+    r = 2 * layer.r if name == "PiSSA" else layer.r
     return config | dict(
-        r=pissa_rank if name == "PiSSA" else layer.r,
-        lora_alpha=pissa_rank if name == "PiSSA" else layer.alpha,
+        r=r,
+        lora_alpha=r if name == "PiSSA" else layer.alpha,  # its scaling is 1
         lora_dropout=getattr(getattr(layer, "dropout", None), "p", 0.0),
         bias=getattr(layer, "bias_mode", "none"),
         use_rslora=getattr(layer, "rslora", False),
@@ -283,21 +262,18 @@ def _settings(model, name, layers):
 
 def _sides(model, layers):
     """IA3's targets, and which of them are rescaled on the input side."""
-    inputs = {p: m for p, m in layers.items() if m.feedforward}
-    outputs = {p: m for p, m in layers.items() if not m.feedforward}
-    parts = [_shortest(model, some) for some in (outputs, inputs) if some]
+    inputs = [path for path, m in layers.items() if m.feedforward]
+    outputs = [path for path in layers if path not in inputs]
+    targets = [_shortest(model, paths) for paths in (outputs, inputs) if paths]
+    feedforward = targets[-1] if inputs else []
 
-    suffixes = all(isinstance(part, list) for part in parts)
-    if suffixes and inputs:  # peft wants no dot before such a suffix
-        suffixes = not any(path.endswith(tuple(parts[-1])) for path in outputs)
-    if not suffixes:
-        return dict(
-            target_modules="|".join(re.escape(path) for path in layers),
-            feedforward_modules="|".join(re.escape(path) for path in inputs) or [],
-        )
+    lists = all(isinstance(names, list) for names in targets)
+    if lists and _named(layers, feedforward, dot="") == set(inputs):
+        targets = sorted(sum(targets, []))
+        return dict(target_modules=targets, feedforward_modules=feedforward)
     return dict(
-        target_modules=sorted(sum(parts, [])),
-        feedforward_modules=parts[-1] if inputs else [],
+        target_modules=_expression(layers),
+        feedforward_modules=_expression(inputs) or [],
     )
 
 
@@ -324,6 +300,18 @@ def _soft_settings(wrapper, name):
 # What comes out of it
 
 
+def _refuse_adapters_name(tensors):
+    """ValueError for names like lora_A.default.weight, in which peft finds nothing."""
+    for key in tensors:
+        match = WITH_ADAPTERS_NAME.search(key)
+        if match:
+            raise ValueError(
+                f"{key!r:.160} has the adapter's name {match[1] or match[2]!r:.160} in"
+                " it, as in a whole peft model's state dict: save_pretrained leaves it"
+                " out"
+            )
+
+
 def _sorted(tensors, model, name, heads):
     """The file's tensors by our names: the adapter's, and those that replace others.
 
@@ -336,7 +324,7 @@ def _sorted(tensors, model, name, heads):
     places = model.state_dict()
     embeddings = _embeddings(model)
 
-    own = {}
+    adapter = {}
     replaced = {}
     for key, t in tensors.items():
         plain = _from_file(key, name)
@@ -350,31 +338,29 @@ def _sorted(tensors, model, name, heads):
         elif is_weight and torch.equal(places[plain], t.to(places[plain])):
             continue
         elif plain not in second_names:
-            own[plain] = t
-    return own, replaced
+            adapter[plain] = t
+    return adapter, replaced
 
 
 def _embeddings(model):
     """The names of the weights that belong to the vocabulary."""
-    ends = [
-        getattr(model, f"get_{side}_embeddings", lambda: None)()
-        for side in ("input", "output")
-    ]
-    layers = [m for m in ends if m is not None]
+    layers = []
+    for side in ("input", "output"):
+        layers.append(getattr(model, f"get_{side}_embeddings", lambda: None)())
     modules = model.named_modules(remove_duplicate=False)
     return {f"{path}.weight" for path, m in modules if any(m is e for e in layers)}
 
 
-def _check_replaced(replaced, places, model, heads):
+def _check_replaced(replaced, model, heads):
     """ValueError for tensors that cannot be copied over the model's."""
-    inside = _tensors_of(heads, model).keys()
     asked = {key for key in replaced if _under(key, heads)}
-    for key in sorted(inside ^ asked):
+    for key in sorted(_tensors_of(heads, model).keys() ^ asked):
         where = "the file" if key in asked else "the model"
         raise ValueError(
-            f"made for another model: the head's {_shown(key)} is only in {where}"
+            f"made for another model: the head's {key!r:.160} is only in {where}"
         )
 
+    places = model.state_dict()
     storages = {}
     for key, t in replaced.items():
         place = places[key]
@@ -400,21 +386,18 @@ def _kind(t):
     return t.is_floating_point(), t.is_complex()
 
 
-def _insert_soft(model, name, config, tensors, folder):
+def _insert_soft(model, name, config, tensors):
     """The wrapper of a prompt or prefix around the model, with the file's tensor."""
     n = config["num_virtual_tokens"]
-    rows = tensors.get("prompt_embeddings")
-    if rows is None or rows.dim() != 2:
-        raise ValueError(f"{folder} holds no {name} tensors: the adapter is empty")
-    if len(rows) not in (n, 2 * n):
+    rows = len(next(iter(tensors.values())))
+    if rows not in (n, 2 * n):
         raise ValueError(f"made for another model: num_virtual_tokens={n} is not so")
 
     module = METHODS[name].module
-    twice = name == "prompt" and len(rows) == 2 * n
+    twice = dict(decoder=True) if name == "prompt" and rows == 2 * n else {}
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
-        more = dict(decoder=True) if twice else {}
-        wrapper = module.add(model, n, **more)
+        wrapper = module.add(model, n, **twice)
         module.load_state_dict(wrapper, tensors)
     except ValueError as error:
         for p, flag in trained.items():
@@ -423,12 +406,11 @@ def _insert_soft(model, name, config, tensors, folder):
     return wrapper
 
 
-def _insert(model, name, config, tensors, heads, replaced, folder):
+def _insert(model, name, config, tensors, heads, replaced):
     """The method's layers put into the model, with the file's tensors in them."""
     surgery.refuse_carried(model)
-    paths = _adapted(tensors, name)
-    if not paths:
-        raise ValueError(f"{folder} holds no {name} tensors: the adapter is empty")
+    ends = tuple(f".{leaf}" for leaf in METHODS[name].keys)
+    paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
     _check_paths(model, config, paths, heads)
     shared = {key[-6:]: tensors.pop(key) for key in SHARED if key in tensors}
     narrow = [t for key, t in tensors.items() if key.endswith((".lora_A", ".vera_d"))]
@@ -436,23 +418,24 @@ def _insert(model, name, config, tensors, heads, replaced, folder):
         raise ValueError(f"made for another model: r={config['r']} is not the file's")
 
     trained = {p: p.requires_grad for p in model.parameters()}
-    weights = {m: m.weight for p, m in model.named_modules() if p in paths}
+    bases = [m for path, m in model.named_modules() if path in paths]
+    weights = [m._parameters.get("weight") for m in bases]  # a packed layer has none
     _add(model, name, config, paths)
 
     module = METHODS[name].module
-    layers = _layers(model, name)
-    own = module.state_dict(model)
-    for key in replaced.keys() & own.keys():  # bias="all" trains a head's biases too
+    layers = surgery.wrappers(model, METHODS[name].layer)
+    places = module.state_dict(model)
+    for key in replaced.keys() & places.keys():  # bias="all": a head's biases too
         tensors[key] = replaced[key]
     try:
-        _check_biases(own, tensors)
-        if shared:
-            _load_shared(layers, shared)
+        _check_biases(places, tensors)
+        _load_shared(layers, shared)
         module.load_state_dict(model, tensors)
     except ValueError as error:
         surgery.swap(model, {m: m.base for m in layers.values()})
-        for m, weight in weights.items():  # PiSSA changes the weights themselves
-            m.weight = weight
+        if name == "PiSSA":  # it has changed the weights themselves
+            for m, weight in zip(bases, weights, strict=True):
+                m.weight = weight
         for p, flag in trained.items():
             p.requires_grad_(flag)
         raise _made_for_another(error) from None
@@ -463,23 +446,8 @@ def _insert(model, name, config, tensors, heads, replaced, folder):
     return model
 
 
-def _check_biases(own, tensors):
-    biases = {key for key in own if key.endswith("bias")}
-    if biases and not biases & tensors.keys():
-        raise ValueError(
-            "its config says that biases are trained and the file holds none (peft"
-            " before 0.21 leaves them out)"
-        )
-
-
 def _made_for_another(error):
-    return ValueError(f"made for another model: {_shown(str(error))[1:-1]}")
-
-
-def _adapted(tensors, name):
-    """The paths of the layers that a file's tensors belong to, sorted."""
-    ends = tuple(f".{leaf}" for leaf in METHODS[name].keys)
-    return sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
+    return ValueError(f"made for another model, or damaged: {error!s:.300}")
 
 
 def _check_paths(model, config, paths, heads):
@@ -494,8 +462,18 @@ def _check_paths(model, config, paths, heads):
     for path in sorted(selected ^ set(paths)):
         where = "the file" if path in paths else "the model"
         raise ValueError(
-            f"made for another model: {_shown(path)} is only in {where}, by"
-            f" target_modules={_shown(config['target_modules'])}"
+            f"made for another model: {path!r:.160} is only in {where}, by"
+            f" target_modules={config['target_modules']!r:.160}"
+        )
+
+
+def _check_biases(places, tensors):
+    """ValueError where biases are trained and none is in the file."""
+    biases = {key for key in places if key.endswith("bias")}
+    if biases and not biases & tensors.keys():
+        raise ValueError(
+            "its config says that biases are trained and the file holds none (peft"
+            " before 0.21 leaves them out)"
         )
 
 
@@ -504,18 +482,19 @@ def _add(model, name, config, paths):
     targets = surgery.Exactly(paths)
     if name == "LoRA":
         settings = [config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias")]
-        return lora.add(model, targets, *settings, bool(config["use_rslora"]))
-    if name == "DoRA":
+        lora.add(model, targets, *settings, config["use_rslora"])
+    elif name == "DoRA":
         alpha = config["lora_alpha"]
         if config["use_rslora"]:
             alpha = _scaling(config) * config["r"]
-        return dora.add(model, targets, config["r"], alpha)
-    if name == "PiSSA":
-        return pissa.add(model, targets, config["r"])
-    if name == "VeRA":
-        return vera.add(model, targets, config["r"], config["projection_prng_key"])
-    inputs = _feedforward(paths, config["feedforward_modules"])
-    return ia3.add(model, targets, surgery.Exactly(inputs))
+        dora.add(model, targets, config["r"], alpha)
+    elif name == "PiSSA":
+        pissa.add(model, targets, config["r"])
+    elif name == "VeRA":
+        vera.add(model, targets, config["r"], config["projection_prng_key"])
+    else:
+        inputs = _named(paths, config["feedforward_modules"], dot="")
+        ia3.add(model, targets, surgery.Exactly(sorted(inputs)))
 
 
 def _scaling(config):
@@ -526,12 +505,10 @@ def _scaling(config):
 
 def _load_shared(layers, tensors):
     """Copy a file's shared A and B over VeRA's, where the file has them."""
-    (shared,) = next(iter(layers.values())).frozen
-    for name, t in tensors.items():
-        if t.shape != getattr(shared, name).shape:
-            raise ValueError(f"the shared {name} has another shape")
-    for name, t in tensors.items():
-        getattr(shared, name).data.copy_(t)
+    if tensors:
+        (shared,) = next(iter(layers.values())).frozen
+        places = {name: getattr(shared, name).data for name in tensors}
+        surgery.load(places, tensors)
 
 
 # Names
@@ -642,19 +619,17 @@ def _selected(model, config, heads):
 
 
 def _named(paths, names, dot="."):
-    """The paths that an expression matches, or that end in a name of a list."""
+    """The paths that an expression matches, or that end in a name of a list.
+
+    Before the name peft wants a dot, but not in IA3's feedforward_modules.
+    """
     if isinstance(names, str):
         try:
             return {path for path in paths if re.fullmatch(names, path)}
         except (re.error, OverflowError, RecursionError):
-            raise ValueError(f"{_shown(names)} is no regular expression") from None
+            raise ValueError(f"{names!r:.160} is no regular expression") from None
     ends = tuple(f"{dot}{name}" for name in names or ())
     return {path for path in paths if f"{dot}{path}".endswith(ends)}
-
-
-def _feedforward(paths, names):
-    """Which targets of IA3 are rescaled on the input side: "proj" is "q_proj" too."""
-    return sorted(_named(paths, names, dot=""))
 
 
 def _shortest(model, layers):
@@ -665,20 +640,25 @@ def _shortest(model, layers):
     for path in layers:
         parts = path.split(".")
         ends = [".".join(parts[-k:]) for k in range(1, len(parts) + 1)]
-        fitting = [end for end in ends if _named(paths, [end]) <= layers.keys()]
+        fitting = [end for end in ends if _named(paths, [end]) <= set(layers)]
         if not fitting:
-            return "|".join(re.escape(path) for path in layers)
+            return _expression(layers)
         suffixes.add(fitting[0])
     return sorted(suffixes)
+
+
+def _expression(paths):
+    """A regular expression that matches just these paths."""
+    return "|".join(re.escape(path) for path in paths)
 
 
 # Settings
 
 
-COMMON = dict(target_modules=None, exclude_modules=None, modules_to_save=None)
+TREE = dict(target_modules=None, exclude_modules=None, modules_to_save=None)
 DEFAULTS = {  # what load acts on, and peft's values where a file is silent
     "LORA": dict(
-        COMMON,
+        TREE,
         r=8,
         lora_alpha=8,
         lora_dropout=0.0,
@@ -687,10 +667,10 @@ DEFAULTS = {  # what load acts on, and peft's values where a file is silent
         use_dora=False,
         init_lora_weights=True,
     ),
-    "VERA": dict(COMMON, r=256, projection_prng_key=0, save_projection=True),
-    "IA3": dict(COMMON, feedforward_modules=None),
-    "PROMPT_TUNING": dict(COMMON, num_virtual_tokens=None),
-    "PREFIX_TUNING": dict(COMMON, num_virtual_tokens=None),
+    "VERA": dict(TREE, r=256, projection_prng_key=0, save_projection=True),
+    "IA3": dict(TREE, feedforward_modules=None),
+    "PROMPT_TUNING": dict(modules_to_save=None, num_virtual_tokens=None),
+    "PREFIX_TUNING": dict(modules_to_save=None, num_virtual_tokens=None),
 }
 HARMLESS = {  # what says nothing about the numbers of a finished adapter
     "": "auto_mapping base_model_name_or_path inference_mode peft_type peft_version"
@@ -712,77 +692,59 @@ SIZES = {  # the same sizes by the names that models give them
 }
 
 
-def _is_whole(value):
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_seed(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_positive(value):
-    return type(value) in (int, float) and 0 < value < 1e300
-
-
-def _is_share(value):
-    return type(value) in (int, float) and 0 <= value < 1
-
-
-def _is_flag(value):
-    return value is None or type(value) is bool
-
-
-def _is_bias(value):
-    return value in ("none", "all", "lora_only")
-
-
-def _is_list(value):
+def _check_list(what, value):
     names = [] if value is None else value
-    return isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+    is_list = isinstance(names, list)
+    if not is_list or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{what} must be a list of names, not {value!r:.160}")
 
 
-def _is_names(value):
-    return isinstance(value, str) or _is_list(value)
+def _check_names(what, value):
+    if not isinstance(value, str):
+        _check_list(what, value)
 
 
-KINDS = {  # what a setting may be
-    "r": (_is_whole, "a whole number of at least 1"),
-    "num_virtual_tokens": (_is_whole, "a whole number of at least 1"),
-    "projection_prng_key": (_is_seed, "a whole number of at least 0"),
-    "lora_alpha": (_is_positive, "a positive number"),
-    "lora_dropout": (_is_share, "at least 0 and below 1"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "save_projection": (_is_flag, "true or false"),
-    "bias": (_is_bias, "none, all or lora_only"),
-    "modules_to_save": (_is_list, "a list of names"),
-    "target_modules": (_is_names, "a list of names or a regular expression"),
-    "exclude_modules": (_is_names, "a list of names or a regular expression"),
-    "feedforward_modules": (_is_names, "a list of names or a regular expression"),
+def _check_targets(what, value):
+    if value is None:  # peft has defaults, and writes those that it took
+        raise ValueError(f"the file names no {what}: write the layers' names into it")
+    _check_names(what, value)
+
+
+CHECKS = {  # what a setting may be: a function and what else it is given
+    "r": (surgery.check_whole, 1),
+    "num_virtual_tokens": (surgery.check_whole, 1),
+    "projection_prng_key": (surgery.check_whole, 0, 2**63),
+    "lora_alpha": (surgery.check_positive,),
+    "lora_dropout": (surgery.check_fraction,),
+    "use_rslora": (surgery.check_flag,),
+    "use_dora": (surgery.check_flag,),
+    "save_projection": (surgery.check_flag,),
+    "bias": (surgery.check_one_of, ("none", "all", "lora_only")),
+    "modules_to_save": (_check_list,),
+    "target_modules": (_check_targets,),
+    "feedforward_modules": (_check_targets,),
+    "exclude_modules": (_check_names,),
 }
 
 
-def _checked(config, folder):
+def _checked(config):
     """The config with peft's defaults; ValueError for what is not supported."""
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in DEFAULTS:
         known = ", ".join(DEFAULTS)
-        raise ValueError(f"{folder} holds peft_type {_shown(kind)}, not one of {known}")
+        raise ValueError(f"the file's peft_type is {kind!r:.160}, not one of {known}")
 
     harmless = f"{HARMLESS['']} {HARMLESS[kind]}".split()
     for setting, value in config.items():
         unset = value is None or value is False or value in ([], {}, "none")
         if not unset and setting not in DEFAULTS[kind] and setting not in harmless:
-            what = f"{_shown(setting)[1:-1]}={_shown(value)}"
+            what = f"{setting!r:.160} = {value!r:.160}"
             raise ValueError(f"the setting {what} is not supported")
 
     config = {**DEFAULTS[kind], **config}
-    for setting in DEFAULTS[kind].keys() & KINDS.keys():
-        fits, words = KINDS[setting]
-        if not fits(config[setting]):
-            raise ValueError(
-                f"{setting} must be {words}, not {_shown(config[setting])}"
-            )
+    for setting in DEFAULTS[kind].keys() & CHECKS.keys():
+        check, *limits = CHECKS[setting]
+        check(setting, config[setting], *limits)
     return config
 
 
@@ -796,7 +758,7 @@ def _method_of(config):
     split = start == "pissa" and not config["use_dora"]
     if start not in KEEP_THE_BASE and not split:
         raise ValueError(
-            f"init_lora_weights={_shown(start)} changes the base: not supported"
+            f"init_lora_weights={start!r:.160} changes the base: not supported"
         )
     if (config["use_dora"] or split) and config["bias"] != "none":
         raise ValueError(f"bias={config['bias']!r} is supported for plain LoRA only")
@@ -805,263 +767,12 @@ def _method_of(config):
     return "PiSSA" if split else "LoRA"
 
 
-def _with_pefts_targets(config, model):
-    """The config with the names that peft takes for a type of model where it has none.
-
-    peft writes the names that it took, so only files made by hand come here.
-    """
-    for setting in ("target_modules", "feedforward_modules"):
-        if setting not in config or config[setting] is not None:
-            continue
-        if config["peft_type"] not in ("LORA", "VERA", "IA3"):
-            continue  # a soft prompt has no targets
-
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        table = (
-            f"TRANSFORMERS_MODELS_TO_{config['peft_type']}_{setting.upper()}_MAPPING"
-        )
-        try:
-            from peft.utils import constants  # only here: peft takes seconds
-        except ImportError:
-            constants = None
-        names = getattr(constants, table, {}).get(kind)
-        if names is None:
-            raise ValueError(
-                f"the file names no {setting}, and peft has none for {kind}"
-            )
-        config = {**config, setting: list(names)}
-    return config
-
-
 def _digest(config):
     """A digest of the settings that `load` acts on."""
-    defaults = DEFAULTS[config["peft_type"]]
-    settings = {key: config.get(key, value) for key, value in defaults.items()}
-    for key, value in settings.items():
+    config = _checked(config)
+    settings = {"method": _method_of(config)}
+    for key in DEFAULTS[config["peft_type"]]:
+        value = config[key]
         settings[key] = sorted(value) if isinstance(value, list) else value
     text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# Files
-
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-DRAFTS = ".adapter_drafts"
-LARGEST_CONFIG = 10_000_000  # bytes
-TRIES = 200  # a folder that is always being written to is refused after so many
-ONE_SAVE = threading.Lock()  # where the system has no locks on folders
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 160
-SHORT.maxlong = 40
-
-
-def _shown(value):
-    """A value of a file as a message shows it: short, without control characters."""
-    return SHORT.repr(value)
-
-
-def _path(folder):
-    if not isinstance(folder, str | os.PathLike):
-        raise ValueError(f"the folder must be a path, not {_shown(folder)}")
-    if not str(folder).strip():
-        raise ValueError("name a folder for the adapter: this name is empty")
-    return Path(folder)
-
-
-def _read(folder):
-    """The method's name, the config with peft's defaults, and the tensors, checked."""
-    config, tensors, metadata = _read_files(folder)
-    config = _checked(config, folder)
-    name = _method_of(config)
-    if metadata.get("settings") not in (None, _digest(config)):
-        raise ValueError(
-            f"{folder} holds one adapter's weights and another's config, or one that"
-            " was changed afterwards: save it again"
-        )
-
-    for key in tensors:
-        if "lora_embedding_" in key:
-            raise ValueError(f"LoRA on an embedding is not supported: {_shown(key)}")
-        match = WITH_ADAPTERS_NAME.search(key)
-        if match:
-            raise ValueError(
-                f"{_shown(key)} has the adapter's name {match[1] or match[2]!r} in it,"
-                " as in a whole peft model's state dict: save_pretrained leaves it out"
-            )
-    return name, config, tensors
-
-
-def _read_files(folder):
-    """The config, the tensors and their metadata, all of one and the same save."""
-    for _ in range(TRIES):
-        before = _identities(folder)
-        failure = None
-        try:
-            contents = _read_once(folder, before)
-        except ValueError as error:
-            failure = error
-        if _identities(folder) == before:
-            if failure is not None:
-                raise failure
-            return contents
-        time.sleep(0.001)
-    raise ValueError(f"{folder} is being written to all the time: try again later")
-
-
-def _identities(folder):
-    """{path: what changes when another file takes it, None without one}."""
-    paths = [folder / CONFIG, folder / WEIGHTS]
-    paths += [_beside(path, "new") for path in paths]
-    identities = {}
-    for path in paths:
-        try:
-            about = os.stat(path)
-        except OSError:
-            identities[path] = None
-        else:
-            times = about.st_mtime_ns, about.st_ctime_ns
-            identities[path] = (about.st_ino, about.st_size, about.st_mode, *times)
-    return identities
-
-
-def _read_once(folder, identities):
-    config = folder / CONFIG
-    weights = folder / WEIGHTS
-    if identities[_beside(config, "new")]:  # of a save that is moving, or was killed
-        config = _beside(config, "new")
-        if identities[_beside(weights, "new")]:
-            weights = _beside(weights, "new")
-
-    for path, name in ((config, CONFIG), (weights, WEIGHTS)):
-        if identities[path] is None:
-            pickle = (folder / "adapter_model.bin").exists()
-            note = ", only a pickle" if pickle else ""
-            raise ValueError(f"{folder} is no adapter folder: no {name}{note}")
-        if not stat.S_ISREG(identities[path][2]):
-            raise ValueError(f"{path} is no plain file")
-    if identities[config][1] > LARGEST_CONFIG:
-        raise ValueError(f"{config} is no config: it has {identities[config][1]} bytes")
-
-    try:
-        settings = json.loads(config.read_text(encoding="utf8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{config} is not valid JSON") from None
-    except OSError as error:
-        raise ValueError(f"{config} cannot be read: {error.strerror}") from None
-    try:
-        with safetensors.safe_open(weights, "pt") as file:
-            metadata = file.metadata() or {}
-        return settings, load_file(weights), metadata
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        what = _shown(str(error))[1:-1]
-        raise ValueError(f"{weights} is truncated or damaged: {what}") from None
-
-
-def _write(folder, tensors, config):
-    """Write both files as one transaction."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, WEIGHTS):
-        path = folder / name
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no plain file: it stays")
-    drafts = folder / DRAFTS  # a folder: safetensors has a temporary file of its own
-    weights = drafts / WEIGHTS
-
-    with _alone_in(folder):
-        _move_into_place(folder)  # what a save that was killed has left
-        try:
-            drafts.mkdir()
-            metadata = {"format": "pt", "settings": _digest(config)}
-            save_file(tensors, weights, metadata)
-            _order_metadata(weights, metadata)
-            text = json.dumps(config, indent=2) + "\n"
-            (drafts / CONFIG).write_text(text, encoding="utf8")
-            for name in (WEIGHTS, CONFIG):  # with the config the new adapter counts
-                _sync(drafts / name)
-                os.replace(drafts / name, _beside(folder / name, "new"))
-            _move_into_place(folder)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                _take_back(folder)
-            raise
-
-
-def _move_into_place(folder):
-    """Finish a save whose new adapter counts, and remove what else lies about."""
-    config = folder / CONFIG
-    weights = folder / WEIGHTS
-    if _beside(config, "new").exists():
-        if config.exists():  # no config while the weights change: peft must not mix
-            os.replace(config, _beside(config, "old"))
-        if _beside(weights, "new").exists():
-            if weights.exists():
-                os.replace(weights, _beside(weights, "old"))
-            os.replace(_beside(weights, "new"), weights)
-        os.replace(_beside(config, "new"), config)
-        _sync_folder(folder)
-    _clean(folder)
-
-
-def _take_back(folder):
-    """Put the old adapter back after an error; the new one counts until the last."""
-    config = folder / CONFIG
-    weights = folder / WEIGHTS
-    if _beside(config, "new").exists():
-        if not _beside(weights, "new").exists():
-            os.replace(weights, _beside(weights, "new"))
-        for path in (weights, config):
-            if _beside(path, "old").exists():
-                os.replace(_beside(path, "old"), path)
-        _beside(config, "new").unlink()
-    _clean(folder)
-
-
-def _clean(folder):
-    for name in (CONFIG, WEIGHTS):
-        for what in ("new", "old"):
-            _beside(folder / name, what).unlink(missing_ok=True)
-    shutil.rmtree(folder / DRAFTS, ignore_errors=True)
-
-
-def _beside(path, what):
-    return path.with_name(f".{path.name}.{what}")
-
-
-@contextlib.contextmanager
-def _alone_in(folder):
-    """One save at a time: other threads and processes wait for the folder."""
-    if fcntl is None:
-        with ONE_SAVE:
-            yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)  # and a killed process gives its lock back
-
-
-def _order_metadata(path, metadata):
-    """Give the metadata one order, for equal bytes: safetensors writes any."""
-    items = [f'"{key}":"{value}"'.encode() for key, value in metadata.items()]
-    with open(path, "r+b") as file:
-        start = file.read(1000)
-        file.seek(0)
-        file.write(start.replace(b",".join(items[::-1]), b",".join(items), 1))
-
-
-def _sync(path):
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder):
-    if fcntl is not None:
-        lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):
-            os.fsync(lock)
-        os.close(lock)
+    return sha256(text.encode()).hexdigest()

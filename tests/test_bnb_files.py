@@ -14,9 +14,11 @@ from common import (
     assert_unchanged,
     gpt2,
     jiggle,
+    refused,
     snapshot,
     t5,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -26,7 +28,18 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from peftlab import bnb_files, lora, nf4, peft_files, qlora, surgery
+from peftlab import (
+    bnb_files,
+    dora,
+    ia3,
+    int8,
+    lora,
+    nf4,
+    peft_files,
+    qlora,
+    surgery,
+    vera,
+)
 from peftlab.kit import base_models
 
 FULL = torch.float32  # to compute in, so that comparisons are exact
@@ -421,12 +434,33 @@ def test_an_adapter_goes_through_its_file_onto_a_packed_base(name, tmp_path):
     assert (fresh(**BATCH).logits - model(**BATCH).logits).abs().max() < 1e-5
 
 
-def test_a_misfit_adapter_is_refused_and_a_packed_base_is_left_as_it_was(tmp_path):
+PACKINGS = [
+    int8.Int8Linear,
+    pack,
+    lambda base: lora.add(nn.Sequential(base), ["0"])[0].base,  # plain
+    lambda base: qlora.add(nn.Sequential(base), compute_dtype=FULL)[0].base,
+]
+ADDITIONS = {  # and what a file for another base is refused for
+    "LoRA": (lora.add, "another model"),
+    "VeRA": (vera.add, "another model"),
+    "IA3": (lambda model, targets: ia3.add(model, targets, []), "another model"),
+    "DoRA": (dora.add, "packed|another model"),
+    "PiSSA": (None, "packed|another model"),
+}
+
+
+@pytest.mark.parametrize("kind", ADDITIONS)
+def test_a_misfit_adapter_is_refused_and_a_packed_base_is_left_as_it_was(
+    kind, tmp_path
+):
+    add, words = ADDITIONS[kind]
     model = nn.Sequential(linear(64, 64))
-    peft_files.save(lora.add(model, ["0"], r=2), tmp_path)
-    packed = nn.Sequential(pack(linear(96, 64)))
-    before = snapshot(packed)
-    with pytest.raises(ValueError, match="another model") as error:
-        peft_files.load(packed, tmp_path)
-    assert_one_sentence(error)
-    assert_unchanged(packed, before)
+    if add is None:
+        config = LoraConfig(init_lora_weights="pissa", target_modules=["0"])
+        get_peft_model(model, config).save_pretrained(tmp_path)
+    else:
+        peft_files.save(add(model, ["0"]), tmp_path)
+    for packing in PACKINGS:
+        refused(
+            nn.Sequential(packing(linear(96, 64))), words, peft_files.load, tmp_path
+        )

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from common import (
-    BATCH,
     MODELS,
     assert_one_sentence,
     bert,
@@ -15,7 +14,15 @@ from common import (
     t5,
 )
 from safetensors.torch import load_file, save_file
-from test_peft_files import CONFIG, WEIGHTS, config_of, refuses, rewrite
+from test_peft_files import (
+    CONFIG,
+    WEIGHTS,
+    answers,
+    assert_equal,
+    config_of,
+    refuses,
+    rewrite,
+)
 from transformers import (
     BertModel,
     DistilBertConfig,
@@ -59,22 +66,10 @@ SOFT = [
     for name in ("tiny-decoder", "llama", "gpt2", "t5", "bert", "bert-model")
     if kind == "prompt" or "bert" not in name
 ]
+PAIRS = [(kind, name) for kind in TREE[1:] for name in EVERY]
+each_pair = pytest.mark.parametrize("kind, name", [("lora", "t5"), *PAIRS])
+each_kind = pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bert": "SEQ_CLS", "bert-model": "FEATURE_EXTRACTION"}
-
-
-def answers(model):
-    labels = {}
-    inner = getattr(model, "base_model", model)
-    if inner.config.is_encoder_decoder:
-        labels = dict(labels=BATCH["input_ids"] % 7)
-    with torch.no_grad():
-        out = model.eval()(**BATCH, **labels)
-    return out.logits if hasattr(out, "logits") else out[0]
-
-
-def assert_equal(got, want):
-    gap, size = (got - want).abs().max(), want.abs().max()
-    assert gap <= 2e-6 * max(1, size), f"the outputs differ by {gap:.1e} of {size:.1e}"
 
 
 def head_of(model):
@@ -119,8 +114,7 @@ def theirs(kind, name, plain, **more):
     return model
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("kind", TREE)
+@each_pair
 def test_peft_loads_what_we_save(kind, name, tmp_path, recwarn):
     plain = EVERY[name]()
     model = ours(kind, name, plain)
@@ -134,8 +128,7 @@ def test_peft_loads_what_we_save(kind, name, tmp_path, recwarn):
     assert_equal(answers(peft_files.load(copy.deepcopy(plain), tmp_path)), want)
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("kind", TREE)
+@each_pair
 def test_we_load_what_peft_saves(kind, name, tmp_path):
     plain = EVERY[name]()
     twin = theirs(kind, name, plain)
@@ -229,17 +222,15 @@ def test_a_pissa_is_written_as_a_lora_of_twice_the_rank(tmp_path):
 
 def test_pefts_converted_pissa_is_read_as_the_lora_that_it_is(tmp_path):
     plain = MODELS["llama"]()
-    config = peft.LoraConfig(
-        r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=["q_proj"]
-    )
+    start = dict(init_lora_weights="pissa", target_modules=["q_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=4, **start)
     twin = peft.get_peft_model(copy.deepcopy(plain), config)
     twin.peft_config["default"].init_lora_weights = True
     twin.save_pretrained(tmp_path / "start")
     twin.peft_config["default"].init_lora_weights = "pissa"
     jiggle(p for p in twin.parameters() if p.requires_grad)
-    twin.save_pretrained(
-        tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
-    )
+    more = dict(path_initial_model_for_weight_conversion=tmp_path / "start")
+    twin.save_pretrained(tmp_path / "end", **more)
     model = peft_files.load(plain, tmp_path / "end")
     assert lora.state_dict(model)
     assert_equal(answers(model), answers(twin))
@@ -281,7 +272,7 @@ def test_a_head_that_is_asked_for_goes_both_ways(kind, tmp_path):
     assert_equal(answers(peft_files.load(plain, tmp_path)), answers(model))
 
 
-@pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
+@each_kind
 def test_saving_and_loading_many_times_gives_the_same_bytes(kind, tmp_path):
     plain = MODELS["llama"]()
     peft_files.save(ours(kind, "llama", plain), tmp_path / "one")
@@ -307,37 +298,49 @@ def test_the_active_one_of_several_is_what_is_saved(tmp_path):
 # Bad input: one sentence, and the model as it was
 
 
-@pytest.mark.parametrize("kind", [*TREE, "prompt", "prefix"])
-@pytest.mark.parametrize("change", ["missing", "more", "shape", "empty", "truncated"])
-def test_tensors_that_do_not_fit_are_refused(change, kind, tmp_path):
+@each_kind
+def test_tensors_that_do_not_fit_are_refused(kind, tmp_path):
     plain = MODELS["llama"]()
     theirs(kind, "llama", plain).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    last = max(tensors)
-    if change == "missing":
-        del tensors[min(tensors)]
-    elif change == "more":
-        tensors["base_model.model.model.norm.weight"] = torch.ones(32)
-    elif change == "shape":
-        tensors[last] = torch.ones(*tensors[last].shape, 2)
-    elif change == "empty":
-        tensors = {}
-    save_file(tensors, tmp_path / WEIGHTS)
-    if change == "truncated":
-        content = (tmp_path / WEIGHTS).read_bytes()
-        (tmp_path / WEIGHTS).write_bytes(content[: len(content) // 2])
-    refuses(plain, tmp_path, "")
+    first, last = min(tensors), max(tensors)
+    cases = [
+        {n: t for n, t in tensors.items() if n != first},
+        {**tensors, "base_model.model.model.norm.weight": torch.ones(32)},
+        {**tensors, last: torch.ones(*tensors[last].shape, 2)},
+        {**tensors, last: torch.full_like(tensors[last], torch.nan)},
+        {},
+    ]
+    for case in cases:
+        save_file(case, tmp_path / WEIGHTS)
+        refuses(plain, tmp_path, "")
 
 
-@pytest.mark.parametrize("kind", [*TREE, "prefix"])
-@pytest.mark.parametrize(
-    "other", [dict(hidden_size=48), dict(num_hidden_layers=1)], ids=str
-)
+@each_kind
+def test_a_compiled_model_is_the_model_inside(kind, tmp_path):
+    plain = MODELS["llama"]()
+    model = ours(kind, "llama", plain)
+    peft_files.save(model, tmp_path / "one")
+    peft_files.save(torch.compile(model), tmp_path / "two")
+    for name in (CONFIG, WEIGHTS):
+        one, two = (tmp_path / k / name for k in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    outer = torch.compile(plain)
+    back = peft_files.load(outer, tmp_path / "two")
+    assert type(back) is type(model if kind in ("prompt", "prefix") else outer)
+    assert_equal(answers(getattr(back, "_orig_mod", back)), answers(model))
+
+
+SIZES = dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=1, attention_bias=True)
+OTHERS = [dict(hidden_size=48), dict(num_hidden_layers=1), dict(num_hidden_layers=3)]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("kind", [*TREE[1:], "prefix"])
 def test_an_adapter_for_another_model_is_refused(other, kind, tmp_path):
     theirs(kind, "llama", MODELS["llama"]()).save_pretrained(tmp_path)
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=64)
-    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1)
-    config = LlamaConfig(**{**sizes, "attention_bias": True, **other})
+    config = LlamaConfig(**{**SIZES, **other})
     if kind == "prefix" and "hidden_size" in other:
         config.num_key_value_heads = 2
     refuses(LlamaForCausalLM(config), tmp_path, "another model")
@@ -372,14 +375,6 @@ def test_a_setting_that_does_not_fit_is_refused(kind, setting, value, tmp_path):
     theirs(kind, "llama", plain).save_pretrained(tmp_path)
     rewrite(tmp_path, **{setting: value})
     refuses(plain, tmp_path, "")
-
-
-def test_an_adapter_is_refused_where_there_is_one_of_its_kind(tmp_path):
-    for kind in TREE:
-        plain = MODELS["llama"]()
-        theirs(kind, "llama", plain).save_pretrained(tmp_path)
-        model = peft_files.load(plain, tmp_path)
-        refuses(model, tmp_path, "")
 
 
 def distilbert():
