@@ -215,25 +215,23 @@ def test_what_was_picked_out_goes_back_in_place(pick):
 # Known bytes
 
 
-@pytest.mark.parametrize(
-    "name, method, dtype, gigabytes",
-    [
-        ("llama-7b", "qlora", torch.bfloat16, 3.866),
-        ("llama-13b", "qlora", torch.bfloat16, 7.201),
-        ("llama-33b", "qlora", torch.bfloat16, 17.414),
-        ("llama-65b", "lora", torch.float16, 130.571),
-    ],
-)
-def test_llama_in_nf4_and_in_16_bits_has_the_known_bytes(
-    name, method, dtype, gigabytes
-):
+KNOWN = [
+    ("llama-7b", "qlora", torch.bfloat16, "3.866"),
+    ("llama-13b", "qlora", torch.bfloat16, "7.201"),
+    ("llama-33b", "qlora", torch.bfloat16, "17.414"),
+    ("llama-65b", "lora", torch.float16, "130.571"),
+]
+
+
+@pytest.mark.parametrize("name, method, dtype, gigabytes", KNOWN)
+def test_llama_in_4_and_16_bits_has_the_known_bytes(name, method, dtype, gigabytes):
     settings = dict(dtype=dtype, targets=["q_proj"], r=1)
     if method == "qlora":
         settings["double_quant"] = True
     with tracker.as_on("cuda"):
         model, _ = calculator.build(memory.load(name), method, **settings)
     base = measure.nbytes(model) - 4 * measure.parameters(model)[0]  # without A and B
-    assert f"{base / 1e9:.3f}" == f"{gigabytes:.3f}"
+    assert f"{base / 1e9:.3f}" == gigabytes
 
 
 PUBLISHED = """
@@ -616,16 +614,13 @@ def test_the_model_that_ships_is_counted_with_the_defaults(capsys):
     assert memory.step(TINY) == memory.step(TINY, seq=256) != memory.step(TINY, seq=255)
 
 
+FULL = dict(method="full", optimizer="sgd", dtype="bfloat16")
+SOME = dict(targets=["q_proj", "v_proj"], checkpointing=True)
+ONCE = dict(method="qlora", double_quant=False, device="cpu")
 LINES = {
-    "--method full --optimizer sgd --dtype bfloat16": dict(
-        method="full", optimizer="sgd", dtype="bfloat16"
-    ),
-    "--targets q_proj,v_proj --checkpointing": dict(
-        targets=["q_proj", "v_proj"], checkpointing=True
-    ),
-    "--method qlora --no-double-quant --device cpu": dict(
-        method="qlora", double_quant=False, device="cpu"
-    ),
+    "--method full --optimizer sgd --dtype bfloat16": FULL,
+    "--targets q_proj,v_proj --checkpointing": SOME,
+    "--method qlora --no-double-quant --device cpu": ONCE,
     "--targets all-linear --r 2 --batch 3": dict(r=2, batch=3),
 }
 
