@@ -747,8 +747,8 @@ def take(layer, twin):
     if state.nested:
         found |= dict(nested_absmax=state.state2.absmax, offset=state.offset)
     for name, t in found.items():
-        assert t.shape == getattr(layer, name).shape
-        assert t.dtype == getattr(layer, name).dtype
+        want = getattr(layer, name)
+        assert t.shape == want.shape and t.dtype == want.dtype
         setattr(layer, name, t.clone())
 
 
@@ -800,24 +800,10 @@ def test_a_training_step_is_pefts_over_the_librarys_layers(name, double, dtype):
     found = {}
     for kind in ("nf4", "fp4"):
         twin = library(plain, double, kind)
-        if kind == "nf4":
-            assert_nearly_the_same_bytes(model, twin, double)
         want, others = step(*peft_over(twin, model))
         found[kind] = gap(row, want), gap(flat(gradients), flat(others))
     assert found["nf4"][0] <= 3 * n * U and found["nf4"][1] <= 6 * n * U, found
     assert found["fp4"][0] > 3 * n * U and found["fp4"][1] > 6 * n * U, found
-
-
-def assert_nearly_the_same_bytes(model, twin, double):
-    """All codes; all absmax but 1% of the doubly quantized, one step beside."""
-    off, blocks = 0, 0
-    for path, m in packed(model).items():
-        weight = twin.get_submodule(path).weight
-        assert torch.equal(m.codes, weight.data.view(torch.uint8).view(-1, 1))
-        steps = (m.absmax.float() - weight.quant_state.absmax.float()).abs()
-        assert steps.max() <= (1 if double else 0)
-        off, blocks = off + steps.sum(), blocks + len(steps)
-    assert off <= 0.01 * blocks
 
 
 def test_a_training_step_is_the_one_of_transformers_and_pefts_own_recipe():
@@ -1038,8 +1024,7 @@ BROKEN = {
         "embeddings and norms become float32": {PUT: f"{PUT}.float()"},
         "the biases are rounded": for_each_packed(
             "if m.bias is not None:",
-            "    m.bias.data = m.bias.data.bfloat16().to(m.dtype)",
-        )},
+            "    m.bias.data = m.bias.data.bfloat16().to(m.dtype)")},
     test_the_settings_are_loras: {
         "dropout is forgotten": settings(dropout="0.0"),
         "biases cannot train": settings(bias='"none"'),
@@ -1066,8 +1051,7 @@ BROKEN = {
         "alpha is ignored": settings(alpha="r")},
     test_gradients_are_those_through_an_explicitly_dequantized_base: {
         "gradients stop at a packed layer": for_each_packed(
-            "m.register_forward_hook(lambda m, x, y: y.detach())"
-        )},
+            "m.register_forward_hook(lambda m, x, y: y.detach())")},
     test_only_a_and_b_train: {
         "the base may train": {PUT: f"{PUT}.requires_grad_(True)"}},
     test_all_but_a_and_b_is_bit_identical_after_training: {
@@ -1075,13 +1059,11 @@ BROKEN = {
     test_no_weight_is_kept_for_the_way_back: {
         "the unpacked weight waits for backward": for_each_packed(
             "m.forward = lambda x, m=m: nn.functional.linear(",
-            "    x, nf4.dequantize(m, x.dtype), m.bias)",
-        )},
+            "    x, nf4.dequantize(m, x.dtype), m.bias)")},
     test_one_weight_is_unpacked_at_a_time: {
         "each weight stays once it is unpacked": for_each_packed(
             "m.register_forward_pre_hook(",
-            "    lambda m, x: m.__dict__.update(last=nf4.dequantize(m)))",
-        )},
+            "    lambda m, x: m.__dict__.update(last=nf4.dequantize(m)))")},
     test_merged_into_16_bits_it_is_the_unmerged_model: {
         "merging drops alpha / r": {DELTA: "m.lora_B @ m.lora_A"},
         "merging adds twice": {SUM: f"{SUM} + delta"},
