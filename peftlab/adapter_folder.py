@@ -12,8 +12,8 @@ whole, and the next save finishes or cleans up what it finds:
 While they move peft finds no config, so that it never mixes two adapters. The weights'
 metadata holds a digest of the config, by which `read` knows files of two adapters.
 
-One save at a time: the folder itself is locked. (The library `filelock` wants a file,
-which would stay behind.) On Windows only the threads of one process wait.
+One save or load at a time: the folder itself is locked. (The library `filelock` wants a
+file, which would stay behind.) On Windows only the threads of one process wait.
 """
 
 import contextlib
@@ -94,12 +94,9 @@ def read(folder, digest):
             files of two adapters, and what `digest` refuses.
     """
     folder = _path(folder)
-    try:
-        return _read(folder, digest)
-    except ValueError:
-        if not os.path.isdir(folder):
-            raise
-    with _alone_in(folder):  # files may have moved meanwhile: now none does
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is no adapter folder: there is no such folder")
+    with _alone_in(folder):
         return _read(folder, digest)
 
 
@@ -112,8 +109,8 @@ def _path(folder):
 
 
 def _read(folder, digest):
-    """What `read` returns, where no file moves meanwhile."""
-    path = _newest(folder, CONFIG)  # first, and so never newer than the weights
+    """What `read` returns. No save may run: safetensors opens a file twice by name."""
+    path = _newest(folder, CONFIG)
     try:
         with open(path, encoding="utf8") as file:
             config = json.loads(file.read(LARGEST_CONFIG))

@@ -23,7 +23,7 @@ to peft's training. Adapters, BitFit and inactive LoRAs have no form in peft.
 
 Only safetensors are read or written, never pickle. A setting that would change numbers
 and that we do not support is refused by its name. How a folder is written so that no
-adapter is ever lost is `adapter_folder.py`. Verified against peft 0.18 to 0.21.
+adapter is ever lost is `adapter_folder.py`. Verified against peft 0.18 and 0.21.
 """
 
 import inspect

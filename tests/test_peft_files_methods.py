@@ -5,14 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from common import (
-    MODELS,
-    assert_one_sentence,
-    bert,
-    jiggle,
-    seeded,
-    t5,
-)
+import transformers as tf
+from common import MODELS, assert_one_sentence, bert, jiggle, seeded, t5
 from safetensors.torch import load_file, save_file
 from test_peft_files import (
     CONFIG,
@@ -23,29 +17,8 @@ from test_peft_files import (
     refuses,
     rewrite,
 )
-from transformers import (
-    BertModel,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    ElectraConfig,
-    ElectraModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-from peftlab import (
-    dora,
-    ia3,
-    lora,
-    multi_lora,
-    peft_files,
-    pissa,
-    prefix,
-    prompt,
-    vera,
-)
+from peftlab import dora, ia3, lora, multi_lora, peft_files, pissa, prefix, prompt, vera
 
 EVERY = {**MODELS, "t5": t5}
 TARGETS = {  # an attention layer or two, and the feed-forward block's second layer
@@ -340,10 +313,10 @@ OTHERS = [dict(hidden_size=48), dict(num_hidden_layers=1), dict(num_hidden_layer
 @pytest.mark.parametrize("kind", [*TREE[1:], "prefix"])
 def test_an_adapter_for_another_model_is_refused(other, kind, tmp_path):
     theirs(kind, "llama", MODELS["llama"]()).save_pretrained(tmp_path)
-    config = LlamaConfig(**{**SIZES, **other})
+    config = tf.LlamaConfig(**{**SIZES, **other})
     if kind == "prefix" and "hidden_size" in other:
         config.num_key_value_heads = 2
-    refuses(LlamaForCausalLM(config), tmp_path, "another model")
+    refuses(tf.LlamaForCausalLM(config), tmp_path, "another model")
 
 
 MISFITS = {
@@ -367,19 +340,18 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind, setting, value", [(*k, v) for k, vs in MISFITS.items() for v in vs], ids=str
-)
-def test_a_setting_that_does_not_fit_is_refused(kind, setting, value, tmp_path):
+@pytest.mark.parametrize("kind, setting", MISFITS)
+def test_a_setting_that_does_not_fit_is_refused(kind, setting, tmp_path):
     plain = MODELS["llama"]()
     theirs(kind, "llama", plain).save_pretrained(tmp_path)
-    rewrite(tmp_path, **{setting: value})
-    refuses(plain, tmp_path, "")
+    for value in MISFITS[kind, setting]:
+        rewrite(tmp_path, **{setting: value})
+        refuses(plain, tmp_path, "")
 
 
 def distilbert():
     sizes = dict(vocab_size=40, dim=32, hidden_dim=64, n_layers=2, n_heads=4)
-    return seeded(DistilBertForSequenceClassification(DistilBertConfig(**sizes)))
+    return seeded(tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**sizes)))
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
@@ -414,22 +386,24 @@ def test_a_file_with_the_vocabularys_weights_in_it_is_read(tmp_path):
     assert_equal(answers(peft_files.load(plain, tmp_path)), answers(twin))
 
 
-def test_a_prompt_is_as_wide_as_the_embeddings_and_not_the_model(tmp_path):
+def electra():
     sizes = dict(vocab_size=40, embedding_size=16, hidden_size=32, num_hidden_layers=2)
-    config = ElectraConfig(**sizes, num_attention_heads=4, intermediate_size=64)
-    plain = seeded(ElectraModel(config))
-    model = prompt.add(copy.deepcopy(plain), 3)
-    peft_files.save(model, tmp_path)
-    twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
-    assert_equal(answers(twin), answers(model))
+    sizes |= dict(num_attention_heads=4, intermediate_size=64)
+    return tf.ElectraModel(tf.ElectraConfig(**sizes))
 
 
-def test_a_prefix_on_a_decoder_of_its_own_depth_goes_to_peft(tmp_path):
+def short_decoder():
     sizes = dict(d_model=32, d_kv=8, d_ff=64, num_heads=4, vocab_size=40)
-    config = T5Config(**sizes, num_layers=3, num_decoder_layers=2)
+    config = tf.T5Config(**sizes, num_layers=3, num_decoder_layers=2)
     config.decoder_start_token_id = 0
-    plain = seeded(T5ForConditionalGeneration(config))
-    model = prefix.add(copy.deepcopy(plain), 3)
+    return tf.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build, module", [(electra, prompt), (short_decoder, prefix)])
+def test_a_soft_prompt_has_the_sizes_of_what_reads_it(build, module, tmp_path):
+    """The embeddings' width, not the model's; the decoder's depth."""
+    plain = seeded(build())
+    model = module.add(copy.deepcopy(plain), 3)
     peft_files.save(model, tmp_path)
     twin = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
     assert_equal(answers(twin), answers(model))
@@ -478,7 +452,7 @@ def test_a_full_path_is_no_suffix_in_a_file(kind, tmp_path):
 
 
 def test_a_bare_encoder_keeps_its_own_task(tmp_path):
-    model = prompt.add(seeded(bert(BertModel)), 2)
+    model = prompt.add(seeded(bert(tf.BertModel)), 2)
     peft_files.save(model, tmp_path)
     config = config_of(tmp_path)
     assert config["task_type"] == "FEATURE_EXTRACTION"
