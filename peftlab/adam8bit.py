@@ -165,7 +165,7 @@ class Adam8bit(torch.optim.Optimizer):
             group: a dict of "params" and of the settings that differ in this group.
 
         Raises:
-            ValueError: nothing added, for a setting out of range.
+            ValueError: for a setting out of range. Then nothing is added.
         """
         settings = self.defaults | group
         for name in LIMITS:
@@ -222,8 +222,8 @@ class Adam8bit(torch.optim.Optimizer):
             state_dict: settings and states for as many parameters of the same shapes.
 
         Raises:
-            ValueError: nothing changed, for anything else, such as another optimizer's
-                state or another model's.
+            ValueError: for anything else, such as another optimizer's state or another
+                model's. Then nothing is changed.
         """
         try:
             states = _saved_states(state_dict, self.param_groups)

@@ -117,8 +117,8 @@ def add(model, placement, bottleneck, name="default", activation="relu", scale=N
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for another model, a value out of range, a name
-            that is taken, and a model that carries another method.
+        ValueError: for another model, a value out of range, a name that is taken, and a
+            model that carries another method. Then the model is unchanged.
     """
     surgery.check_one_of("placement", placement, list(READS))
     surgery.check_one_of("activation", activation, ACTIVATIONS)
@@ -162,7 +162,8 @@ def activate(model, names):
         The same model.
 
     Raises:
-        ValueError: nothing changed, for an unknown name and one that comes twice.
+        ValueError: for an unknown name and one that comes twice. Then nothing is
+            changed.
     """
     sites = _sites(model)
     known = _names(sites)
@@ -213,8 +214,8 @@ def load_state_dict(model, tensors, name=None):
         name: the adapter's; None for all of them.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected path, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected path, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
     surgery.load(state_dict(model, name), tensors)
 

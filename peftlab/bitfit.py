@@ -44,9 +44,9 @@ def add(model, create=False, targets=None):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, where there is no bias to train, for a target
-            without a match or, unless created, without a bias, and for a model that
-            carries a method already.
+        ValueError: where there is no bias to train, for a target without a match or,
+            unless created, without a bias, and for a model that carries a method
+            already. Then the model is unchanged.
     """
     surgery.check_flag("create", create)
     surgery.refuse_carried(model)
@@ -89,8 +89,8 @@ def add_norms(model):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, where no norm has weights, and for a model that
-            carries a method already.
+        ValueError: where no norm has weights, and for a model that carries a method
+            already. Then the model is unchanged.
     """
     surgery.refuse_carried(model)
     plain = surgery.uncompiled(model)
@@ -140,8 +140,8 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor}, none missing and none more.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
     surgery.load(state_dict(model), tensors)
 

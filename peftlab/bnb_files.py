@@ -93,9 +93,9 @@ def load_packed(model, tensors, compute_dtype=torch.bfloat16):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a missing, unexpected, broken or
-            wrong-shaped entry, one that is NaN or past the model's dtype, a setting
-            that we do not have, and a model on the meta device.
+        ValueError: for a missing, unexpected, broken or wrong-shaped entry, one that is
+            NaN or past the model's dtype, a setting that we do not have, and a model on
+            the meta device. Then the model is unchanged.
     """
     surgery.refuse_containers(model)
     _check_tensors(tensors)

@@ -43,8 +43,8 @@ def add(model, name, targets, r=8, alpha=16, dropout=0.0, rslora=False):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a name that is empty or taken, a LoRA
-            without a name, and what `lora.add` refuses.
+        ValueError: for a name that is empty or taken, a LoRA without a name, and what
+            `lora.add` refuses. Then the model is unchanged.
     """
     _check_new(model, name)
     before = active(model)
@@ -73,8 +73,9 @@ def keep(model, name):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for a name that is empty or taken, and where
-            there is no LoRA, one that has a name already, or one that trains biases.
+        ValueError: for a name that is empty or taken, and where there is no LoRA, one
+            that has a name already, or one that trains biases. Then the model is
+            unchanged.
     """
     _check_new(model, name)
     layers = _layers_in(model)
@@ -118,8 +119,9 @@ def switch(model, name):
         The same model.
 
     Raises:
-        ValueError: nothing changed, for an unknown name, a LoRA without a name, another
-            method that came meanwhile, and an adapter whose layers have left the model.
+        ValueError: for an unknown name, a LoRA without a name, another method that came
+            meanwhile, and an adapter whose layers have left the model. Then nothing is
+            changed.
     """
     layers = {} if name is None else _adapter(model, name)
     in_model = _layers_in(model)
@@ -150,10 +152,10 @@ def combine(model, weights, name):
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for no weights, one that is no finite number or
-            makes B infinite, an unknown name, a new name that is taken, and scalings
-            that differ: the stacked product has one scaling, and to fold another into B
-            would hide it from the file.
+        ValueError: for no weights, one that is no finite number or makes B infinite, an
+            unknown name, a new name that is taken, and scalings that differ: the
+            stacked product has one scaling, and to fold another into B would hide it
+            from the file. Then the model is unchanged.
     """
     _check_new(model, name)
     if not isinstance(weights, dict) or not all(map(_is_number, weights.values())):

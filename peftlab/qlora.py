@@ -60,8 +60,8 @@ def add(
         The same model.
 
     Raises:
-        ValueError: the model unchanged, for what `lora.add` or `nf4.NF4Linear` refuses.
-            A base that is packed already is one for `lora.add`.
+        ValueError: for what `lora.add` or `nf4.NF4Linear` refuses. A base that is
+            packed already is one for `lora.add`. Then the model is unchanged.
     """
     surgery.refuse_carried(model)
     linears = surgery.select(model, "all-linear")
@@ -102,8 +102,9 @@ def merge(model, bits=16):
         The same model, frozen.
 
     Raises:
-        ValueError: the model unchanged, for other bits, a model without QLoRA, a head
-            that cannot be written, and a sum that is NaN or infinite in its dtype.
+        ValueError: for other bits, a model without QLoRA, a head that cannot be
+            written, and a sum that is NaN or infinite in its dtype. Then the model is
+            unchanged.
     """
     if type(bits) is not int or bits not in (4, 16):
         raise ValueError(f"merge into 16 bits or into 4, not {bits!r:.60}")
@@ -166,8 +167,8 @@ def load_state_dict(model, tensors):
         tensors: {name: tensor} as `state_dict` gives them.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape, and
-            what is no tensor of finite floats.
+        ValueError: for a missing or unexpected name, a wrong shape, and what is no
+            tensor of finite floats. Then nothing is copied.
     """
     lora.load_state_dict(model, tensors)
 
