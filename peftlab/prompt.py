@@ -10,45 +10,29 @@ $$ \Pr_{\theta;\,P}\,\big(Y \mid [P;\ E(X)]\big) $$
 | $E(X)$ | (batch, tokens, d) | `text` | pretrained, frozen |
 | $\theta$ | | `model` | pretrained, frozen |
 
-P is float32 over a 16-bit base. Logits cover n + tokens slots. A row padded on the left
-becomes [pads, prompt, text] and its pads take no position, so it answers as it does
-alone. Where that cannot be, in BERT or BART, the batch is refused.
+P is float32 over a 16-bit base. Logits cover n + tokens slots.
+
+A row padded on the left becomes [pads, prompt, text]. Its pads take no position, so it
+answers as it does alone. Models that count every slot, such as BERT and BART, refuse
+left pads.
 
 Not here: ensembles (section 6), static caches, `generate` from a filled cache, 4-D
 masks, `start_positions`.
 
-peft leaves the pads between prompt and text and counts them; has "random" as a standard
-normal (here the paper's, uniform in $\pm 0.5$); drops position ids; does not lengthen a
-token classifier's labels. For an encoder-decoder, whose prompt stands in the encoder,
-it keeps (2n, d) and reads the first n rows alone: `decoder=True`.
-"""
+peft differs in five points:
 
-import copy
-import functools
-import inspect
+- It leaves left pads between prompt and text, and counts them as positions.
+- Its "random" is a standard normal. Here it is the paper's, uniform in $\pm 0.5$.
+- It drops position ids. Here the text's move by n.
+- It leaves a token classifier's labels as they are. Here they grow by n.
+- For an encoder-decoder, whose prompt stands in the encoder, it stores (2n, d) and only
+  reads the first n rows. `decoder=True` stores as many.
+"""
 
 import torch
 from torch import nn
 
 from . import surgery
-
-
-class ModelSignature:
-    """A method of a wrapper that shows the arguments of the model's own `forward`.
-
-    transformers' Trainer gives `forward` only the columns that its signature names.
-    """
-
-    def __init__(self, method):
-        self.method = method
-
-    def __get__(self, wrapper, kind):
-        if wrapper is None:
-            return self.method
-
-        bound = functools.partial(self.method, wrapper)
-        bound.__signature__ = inspect.signature(wrapper.model.forward)
-        return bound
 
 
 class PromptModel(nn.Module):
@@ -58,25 +42,13 @@ class PromptModel(nn.Module):
 
     def __init__(self, model, n, rows, decoder):
         super().__init__()
-        self.prompt_embeddings = nn.Parameter(rows)
+        self.prompt_embeddings = nn.Parameter(rows)  # (n, d), or (2n, d)
         self.model = model
         self.n = n
         self.decoder = decoder
         self.training = model.training
 
-        self._in_encoder = _is_encoder_decoder(model)
-        self._takes_positions = _takes_positions(model)
-        self._takes_left_pads = _takes_left_pads(model)
-        self._first_position = _first_position(model)
-        self._pools_last = _pools_last(model)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    @ModelSignature
+    @surgery.ModelSignature
     def forward(self, input_ids=None, attention_mask=None, labels=None, **inputs):
         """What the model returns, over n + tokens slots.
 
@@ -94,108 +66,55 @@ class PromptModel(nn.Module):
             inputs["labels"] = labels
         return self.model(**self._with_prompt(input_ids, attention_mask, **inputs))
 
-    def generate(self, *args, **options):
-        """The model's own `generate`: a decoder's result starts with input_ids.
-
-        Raises:
-            ValueError: as `forward`, and for a cache that holds a text already.
-        """
-        if self._in_encoder:
-            return self.model.generate(**self._with_prompt(*args, **options))
-
-        if _is_filled(_cache(options)):
-            raise ValueError("a prompt begins the text: give all of it, and no cache")
-
-        # `generate` calls forward for each token. A shallow copy, whose forward puts
-        # the prompt in, leaves the model as it is, for other threads too.
-        @functools.wraps(self.model.forward)
-        def forward(*args, **inputs):
-            return self.model.forward(**self._with_prompt(*args, **inputs))
-
-        reader = copy.copy(self.model)
-        reader.forward = forward
-        return reader.generate(*args, **options)
-
-    def state_dict(self, *args, **options):
-        """As of any module, but tied weights are copies: safetensors, with which
-        transformers' Trainer saves, takes no shared memory."""
-        tensors = super().state_dict(*args, **options)
-        storages = set()
-        for name, t in tensors.items():
-            if torch.is_tensor(t):
-                storage = t.untyped_storage().data_ptr()
-                tensors[name] = t.clone() if storage in storages else t
-                storages.add(storage)
-        return tensors
-
     def _with_prompt(self, input_ids=None, attention_mask=None, **inputs):
-        """The model's inputs with the prompt put in, and all that is aligned moved.
+        """The model's inputs with the prompt before the text, and the rest to match.
 
         `generate` comes here for each token. After the first the prompt has been read,
         and only the mask and the positions must still count it.
         """
         inputs["input_ids"] = input_ids
-        inputs["attention_mask"] = attention_mask
-        was_read = self._was_read(inputs)
-        self._check_pads(attention_mask)
-        order = _order(attention_mask, self.n)
+        mask = attention_mask
+        was_read = _was_read(self.model, inputs)
+        _check_pads(self.model, mask)
+        order = _order(mask, self.n)
 
-        fill = {"attention_mask": 1}  # what gets n more columns, and of which value
-        if not was_read:
-            prompt = self.prompt_embeddings[: self.n]
-            inputs["inputs_embeds"] = _join(prompt, self._embedded(inputs), order)
-            fill["token_type_ids"] = 0
-            if _are_of_tokens(inputs.get("labels")) and not self._in_encoder:
-                fill["labels"] = -100  # no loss on the prompt
-        for name, value in fill.items():
-            t = inputs.get(name)
-            if t is not None:
-                inputs[name] = _join(t.new_full((self.n,), value), t, order)
-
-        positions = self._positions(inputs, order, was_read)
+        if mask is not None:
+            ones = mask.new_ones(self.n)
+            inputs["attention_mask"] = _join(ones, mask, order)
+        positions = self._positions(inputs, mask)  # (batch, tokens) or None
         if positions is not None:
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = positions + self.n
+        if was_read:
+            return inputs
+
+        text = self._embedded(inputs)
+        prompt = self.prompt_embeddings[: self.n]
+        inputs["inputs_embeds"] = _join(prompt, text, order)
+
+        if positions is not None:
+            first = surgery.first_position(self.model)
+            places = torch.arange(self.n, device=positions.device) + first
+            inputs["position_ids"] = _join(places, positions + self.n, order)
+
+        types = inputs.get("token_type_ids")
+        if types is not None:
+            inputs["token_type_ids"] = _join(types.new_zeros(self.n), types, order)
+
+        labels = inputs.get("labels")
+        if _are_of_tokens(labels) and not _is_encoder_decoder(self.model):
+            no_loss = labels.new_full((self.n,), -100)
+            inputs["labels"] = _join(no_loss, labels, order)
         return inputs
 
-    def _positions(self, inputs, order, was_read):
-        """Where the slots stand, the prompt first; None where the model counts them."""
+    def _positions(self, inputs, mask):
+        """Where the text stands without a prompt; None where the model counts right."""
         given = inputs.get("position_ids")
-        if given is not None and was_read:
-            return given + self.n
-        if given is not None:
-            start = given.min().clamp(max=self._first_position)
-            first = torch.arange(self.n, device=given.device) + start
-            return _join(first, given + self.n, order)
-
-        if order is None or not self._takes_positions:
+        if given is not None or not surgery.has_left_pads(mask):
+            return given
+        if not surgery.takes(self.model, "position_ids"):
             return None
-        counted = inputs["attention_mask"].cumsum(1).long() - 1  # pads do not count
-        counted = counted.clamp(0) + self._first_position
-        if not was_read:
-            return counted
-        ids = inputs["input_ids"]
-        text = inputs["inputs_embeds"] if ids is None else ids
-        return counted[:, -text.shape[1] :]
-
-    def _was_read(self, inputs):
-        """Whether the prompt is in the cache, or in the encoder's outputs, already."""
-        if self._in_encoder:
-            return inputs.get("encoder_outputs") is not None
-        return _is_filled(_cache(inputs))
-
-    def _check_pads(self, mask):
-        """ValueError for pads that would be counted as text, or pooled."""
-        if mask is None:
-            return
-        if mask.dim() != 2:
-            raise ValueError("the attention mask must be (batch, tokens)")
-
-        if not mask.any(1).all():
-            raise ValueError("a row has pads alone, or its first chunk has")
-        if not mask[:, 0].all() and not self._takes_left_pads:
-            raise ValueError("this model would count left pads: pad on the right")
-        if not mask[:, -1].all() and self._pools_last:
-            raise ValueError("this model reads its answer last: pad on the left")
+        tokens = surgery.given_text(inputs).shape[1]
+        return surgery.positions(mask, tokens, self.model)
 
     def _embedded(self, inputs):
         """The text's embeddings (batch, tokens, d), given or looked up."""
@@ -203,7 +122,25 @@ class PromptModel(nn.Module):
         text = inputs.get("inputs_embeds")
         if (ids is None) == (text is None):
             raise ValueError("give one of the two, input_ids or inputs_embeds")
-        return self.model.get_input_embeddings()(ids) if text is None else text
+        if text is None:
+            text = self.model.get_input_embeddings()(ids)
+        return text
+
+    def generate(self, *args, **options):
+        """The model's own `generate`: a decoder's result starts with input_ids.
+
+        Raises:
+            ValueError: as `forward`, and for a cache that holds a text already.
+        """
+        if _is_encoder_decoder(self.model):
+            return self.model.generate(**self._with_prompt(*args, **options))
+        return surgery.generate(self.model, self._with_prompt, *args, **options)
+
+    def state_dict(self, *args, **options):
+        return surgery.untied(super().state_dict(*args, **options))
+
+    def __getattr__(self, name):
+        return surgery.attribute(self, name)
 
 
 def add(model, n, init="vocabulary", decoder=False):
@@ -227,16 +164,18 @@ def add(model, n, init="vocabulary", decoder=False):
     surgery.refuse_carried(model)
     model = surgery.uncompiled(model)
     surgery.check_whole("n", n, 1)
+    surgery.check_flag("decoder", decoder)
+
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding):
         raise ValueError("the model has no token embeddings to put a prompt before")
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+    if not surgery.takes(model, "inputs_embeds"):
         raise ValueError("the model takes no embeddings in place of token ids")
     if decoder and not _is_encoder_decoder(model):
         raise ValueError("decoder=True is for an encoder-decoder: this model is none")
 
     rows = _start(embedding, 2 * n if decoder else n, init)
-    return PromptModel(model.requires_grad_(False), n, rows, bool(decoder))
+    return PromptModel(model.requires_grad_(False), n, rows, decoder)
 
 
 def state_dict(wrapper):
@@ -248,10 +187,7 @@ def state_dict(wrapper):
     Raises:
         ValueError: for a model without a prompt.
     """
-    wrapper = surgery.uncompiled(wrapper)
-    surgery.refuse_containers(wrapper)
-    if not isinstance(wrapper, PromptModel):
-        raise ValueError("the model has no prompt: call prompt.add first")
+    wrapper = surgery.around(wrapper, PromptModel)
     return {"prompt_embeddings": wrapper.prompt_embeddings.detach()}
 
 
@@ -268,20 +204,24 @@ def load_state_dict(wrapper, tensors):
 
 
 def _start(embedding, count, init):
-    """The first values of the prompt, (count, d), in float32 or more."""
-    size = embedding.weight.shape[0]
-    device = embedding.weight.device
+    """The first values of the prompt, (count, d)."""
+    size = len(embedding.weight)
     if isinstance(init, torch.Tensor):
-        ids = _repeated(init, count, size).to(device)
-        init = "ids"
-    elif init in ("vocabulary", "random"):
-        ids = torch.randint(size, (count,), device=device)
-    else:
+        return _embed(embedding, _repeated(init, count, size))
+    if init not in ("vocabulary", "random"):
         raise ValueError(f'init: "vocabulary", "random" or token ids, not {init!r:.60}')
 
-    start = embedding(ids).detach()  # (count, d), scaled if the module scales
-    start = start.to(torch.promote_types(start.dtype, torch.float32))
-    return torch.rand_like(start) - 0.5 if init == "random" else start
+    ids = torch.randint(size, (count,), device=embedding.weight.device)
+    tokens = _embed(embedding, ids)
+    if init == "random":
+        return torch.rand_like(tokens) - 0.5
+    return tokens
+
+
+def _embed(embedding, ids):
+    """Vectors (count, d) in float32 or more, scaled if the embedding scales."""
+    vectors = embedding(ids.to(embedding.weight.device)).detach()
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 def _repeated(ids, count, size):
@@ -298,7 +238,7 @@ def _repeated(ids, count, size):
 
 def _order(mask, n):
     """Indices (batch, n + tokens) that put left pads before the prompt, or None."""
-    if mask is None or mask[:, 0].all():
+    if not surgery.has_left_pads(mask):
         return None
     rank = 2 * (mask.cumsum(1) > 0)  # pads 0, the prompt 1, the text 2
     return nn.functional.pad(rank, (n, 0), value=1).argsort(dim=1, stable=True)
@@ -306,8 +246,19 @@ def _order(mask, n):
 
 def _join(first, rest, order):
     """first (n, ...) before each row of rest (batch, tokens, ...), then in `order`."""
-    both = torch.cat([first.to(rest).expand(len(rest), *first.shape), rest], 1)
-    return both if order is None else both[torch.arange(len(both))[:, None], order]
+    first = first.to(rest).expand(len(rest), *first.shape)
+    both = torch.cat([first, rest], 1)
+    if order is None:
+        return both
+    rows = torch.arange(len(both))[:, None]
+    return both[rows, order]
+
+
+def _was_read(model, inputs):
+    """Whether the prompt is in the cache, or in the encoder's outputs, already."""
+    if _is_encoder_decoder(model):
+        return inputs.get("encoder_outputs") is not None
+    return surgery.is_filled(surgery.cache_in(inputs))
 
 
 def _are_of_tokens(labels):
@@ -315,74 +266,37 @@ def _are_of_tokens(labels):
     return labels is not None and labels.dim() == 2 and labels.dtype == torch.long
 
 
-# What a model does with pads and caches
+# What a model does with pads
 
 
-def _is_encoder_decoder(model):
-    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+def _check_pads(model, mask):
+    """ValueError for pads that would be counted as text, or pooled."""
+    if mask is None:
+        return
+    if mask.dim() != 2:
+        raise ValueError("the attention mask must be (batch, tokens)")
+    if not mask.any(1).all():
+        raise ValueError("a row, or its first part of several, holds pads alone")
 
-
-def _takes_positions(model):
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _first_position(model):
-    """0; in RoBERTa's family, whose positions count from the pad's id, one after it."""
-    for m in model.modules():
-        if hasattr(m, "create_position_ids_from_inputs_embeds"):
-            return m.padding_idx + 1
-    return 0
+    if surgery.has_left_pads(mask) and not _takes_left_pads(model):
+        raise ValueError("this model would count left pads: pad on the right")
+    if not mask[:, -1].all() and _pools_last(model):
+        raise ValueError("this model reads its answer last: pad on the left")
 
 
 def _takes_left_pads(model):
-    """Whether a row behind pads answers as it does alone.
-
-    Decoders that are told the positions do. BERT pools the first slot, BART counts all
-    slots. T5 and MPT measure distances, Bloom counts by the mask, Mamba not at all.
-    """
-    config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    if family is None:
-        return True  # no model of transformers: left to itself
-    if family == "recurrent_gemma":
-        return False  # its state reads the pads
-
-    if config.is_encoder_decoder:
-        return hasattr(config, "relative_attention_num_buckets")
-    if not _takes_positions(model):
-        return family in ("bloom", "mpt", "mamba", "mamba2", "falcon_mamba")
-    return _is_causal(model) or model.can_generate()
+    """Also true where pads may only come before the prompt: for MPT, which measures
+    distances, and Mamba, whose state passes over them."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    before_the_prompt = family in ("mpt", "mamba", "mamba2", "falcon_mamba")
+    return before_the_prompt or surgery.takes_left_pads(model)
 
 
 def _pools_last(model):
     """Whether it is a decoder that classifies: it does so by the last slot."""
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    return classifies and (hasattr(model, "score") or _is_causal(model))
+    return classifies and (hasattr(model, "score") or surgery.is_causal(model))
 
 
-def _is_causal(model):
-    return any(getattr(m, "is_causal", False) for m in model.modules())
-
-
-def _cache(inputs):
-    """The cache among the inputs, or None: its name has changed with transformers 5.24.
-
-    Raises:
-        ValueError: for a static cache, which has no room for the prompt.
-    """
-    names = ("cache", "past_key_values", "cache_params", "state")  # Mamba's, RWKV's
-    given = [inputs[name] for name in names if inputs.get(name) is not None]
-    cache = given[0] if given else None
-    if any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", [])):
-        raise ValueError("a static cache has no room for a prompt: use a dynamic one")
-    return cache
-
-
-def _is_filled(cache):
-    """Whether a cache holds a text already."""
-    if cache is None or not hasattr(cache, "get_seq_length"):
-        return cache is not None
-    try:
-        return cache.get_seq_length() > 0
-    except ValueError:  # Mamba's has states and no length
-        return cache.has_previous_state()
+def _is_encoder_decoder(model):
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)

@@ -9,6 +9,8 @@ A method that needs this file can be had as one file that does not: its page in 
 offers it for download, and `python tools/standalone.py lora` writes it.
 """
 
+import copy
+import functools
 import inspect
 import re
 import warnings
@@ -465,3 +467,163 @@ def refuse_unpackable(base):
     if not is_plain(base):
         raise ValueError(f"a {kind} cannot be packed: it computes more than W x + b")
     refuse_hooks([base], "packing cannot take the place of")
+
+
+# Around a model: what prompt.py and prefix.py put before a text
+
+
+class ModelSignature:
+    """A method of a wrapper that shows the arguments of its model's `forward`.
+
+    transformers' Trainer gives a model only the columns that its signature names.
+    """
+
+    def __init__(self, method):
+        self.method = method
+
+    def __get__(self, wrapper, kind):
+        if wrapper is None:
+            return self.method
+
+        bound = functools.partial(self.method, wrapper)
+        bound.__signature__ = inspect.signature(wrapper.model.forward)
+        return bound
+
+
+def attribute(wrapper, name):
+    """An attribute of the wrapper, a module, or else of the model in it."""
+    try:
+        return nn.Module.__getattr__(wrapper, name)
+    except AttributeError:
+        return getattr(nn.Module.__getattr__(wrapper, "model"), name)
+
+
+def around(wrapper, kind):
+    """The wrapper, not compiled; ValueError if it is none of that kind."""
+    wrapper = uncompiled(wrapper)
+    refuse_containers(wrapper)
+    if not isinstance(wrapper, kind):
+        name = kind.peft_method
+        raise ValueError(f"the model carries no {name}: call {name}.add first")
+    return wrapper
+
+
+def untied(tensors):
+    """A state dict in which tied weights are copies: safetensors, with which
+    transformers' Trainer saves, takes no shared memory."""
+    storages = set()
+    for name, t in tensors.items():
+        if torch.is_tensor(t):
+            storage = t.untyped_storage().data_ptr()
+            tensors[name] = t.clone() if storage in storages else t
+            storages.add(storage)
+    return tensors
+
+
+def generate(model, put_in, *args, **options):
+    """The model's own `generate`, in which each token's inputs go through `put_in`.
+
+    A shallow copy of the model does it, with a forward of its own. So the model stays
+    as it is, for other threads too.
+
+    Raises:
+        ValueError: for a cache that holds a text already.
+    """
+    if is_filled(cache_in(options)):
+        raise ValueError(
+            "a prompt or prefix begins the text: give all of it, and no cache"
+        )
+
+    @functools.wraps(model.forward)
+    def forward(*args, **inputs):
+        return model.forward(**put_in(*args, **inputs))
+
+    reader = copy.copy(model)
+    reader.forward = forward
+    return reader.generate(*args, **options)
+
+
+def cache_in(inputs):
+    """The cache among the inputs, or None: its name has changed with transformers 5.24.
+
+    Raises:
+        ValueError: for a static cache, which has no room for a prompt or prefix.
+    """
+    names = ("cache", "past_key_values", "cache_params", "state")  # Mamba's, RWKV's
+    given = [inputs[name] for name in names if inputs.get(name) is not None]
+    cache = given[0] if given else None
+    layers = getattr(text_part(cache), "layers", [])
+    if any(hasattr(layer, "max_cache_len") for layer in layers):
+        raise ValueError("a static cache has no room to grow: use a dynamic one")
+    return cache
+
+
+def text_part(cache):
+    """Of an encoder-decoder's cache the part that is the decoder's own text."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def is_filled(cache):
+    """Whether a cache holds a text already."""
+    if not hasattr(cache, "get_seq_length"):
+        return cache is not None
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # Mamba's has states and no length
+        return cache.has_previous_state()
+
+
+def given_text(inputs):
+    """The ids or embeddings among the inputs, (batch, tokens, ...)."""
+    names = "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"
+    given = [inputs[name] for name in names if inputs.get(name) is not None]
+    if not given:
+        raise ValueError("give one of the two, input_ids or inputs_embeds")
+    return given[0]
+
+
+def takes(model, argument):
+    return argument in inspect.signature(model.forward).parameters
+
+
+def has_left_pads(mask):
+    return mask is not None and mask.dim() == 2 and not mask[:, 0].all()
+
+
+def takes_left_pads(model):
+    """Whether a row that begins with pads answers as it does alone.
+
+    It does in a decoder that is told the positions, in Bloom, which counts by the mask,
+    and in T5's encoder, which measures distances. BERT reads its answer off the first
+    slot, BART counts all slots, RecurrentGemma's state reads the pads.
+    """
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", None)
+    if family is None:
+        return True  # no model of transformers: left to itself
+    if config.is_encoder_decoder:
+        return hasattr(config, "relative_attention_num_buckets")
+    if not takes(model, "position_ids"):
+        return family == "bloom"
+    return family != "recurrent_gemma" and (is_causal(model) or model.can_generate())
+
+
+def is_causal(model):
+    return any(getattr(m, "is_causal", False) for m in model.modules())
+
+
+def positions(mask, tokens, model):
+    """Where the last `tokens` slots stand if pads do not count, (batch, tokens).
+
+    The first is 0; in RoBERTa's family, whose pads have a position, one after theirs.
+    """
+    first = first_position(model)
+    counted = (mask.cumsum(1).long() - 1).clamp(0)
+    return counted[:, -tokens:] + first
+
+
+def first_position(model):
+    for m in model.modules():
+        if hasattr(m, "create_position_ids_from_inputs_embeds"):
+            return m.padding_idx + 1
+    return 0
