@@ -203,7 +203,10 @@ def test_every_argument_is_said_and_shown_as_a_list(doc):
 
 
 def test_every_reference_file_has_a_page():
-    files = {p.stem for p in (ROOT / "peftlab").glob("*.py")} - {"__init__", "adapter_folder"}
+    files = {p.stem for p in (ROOT / "peftlab").glob("*.py")} - {
+        "__init__",
+        "adapter_folder",
+    }
     assert files == {Path(doc).name for doc in REFERENCES}
 
 

@@ -845,7 +845,7 @@ BROKEN = {
             "    return _unwrap(model, kind)": "    return model.requires_grad_(False)"
         },
         "merging unfreezes": {
-            "    return model.requires_grad_(False)": "    return model.requires_grad_()"
+            "return model.requires_grad_(False)": "return model.requires_grad_()"
         },
     },
     test_a_merge_past_what_the_dtype_holds_changes_nothing: {

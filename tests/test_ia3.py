@@ -489,7 +489,7 @@ BROKEN = {
     },
     test_feedforward_names_may_stand_in_targets_too_as_in_peft: {
         "a name in both lists is no feed-forward": {
-            "IA3Linear(m, m in inputs)": "IA3Linear(m, m in inputs and m not in outputs)"
+            "(m, m in inputs)": "(m, m in inputs and m not in outputs)"
         },
         "a feed-forward name must stand in targets": {"[*inputs, *outputs]": "outputs"},
     },
