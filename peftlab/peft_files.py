@@ -102,9 +102,9 @@ def load(model, folder):
         plain base.
 
     Raises:
-        ValueError: the model unchanged, for a file that is missing, truncated, empty
-            or made for another model, for files of two adapters, NaN and infinity, and
-            a setting that is out of range or not supported.
+        ValueError: for a file that is missing, truncated, empty or made for another
+            model, for files of two adapters, NaN and infinity, and a setting that is
+            out of range or not supported. Then the model is unchanged.
     """
     plain = surgery.uncompiled(model)
     surgery.refuse_containers(plain)

@@ -164,8 +164,9 @@ def add(model, n, hidden=None):
         an MLP.
 
     Raises:
-        ValueError: the model unchanged, for a bad value, an encoder, a layer without
-            keys and values of one shape, and a model that carries a method already.
+        ValueError: for a bad value, an encoder, a layer without keys and values of one
+            shape, and a model that carries a method already. Then the model is
+            unchanged.
     """
     surgery.refuse_carried(model)
     model = surgery.uncompiled(model)
@@ -194,7 +195,8 @@ def load_state_dict(wrapper, tensors):
     """Fold the wrapper and copy {"prompt_embeddings": tensor} into it.
 
     Raises:
-        ValueError: nothing changed, for a missing or unexpected name, a wrong shape.
+        ValueError: for a missing or unexpected name, a wrong shape. Then nothing is
+            changed.
     """
     surgery.load(state_dict(wrapper), tensors)  # with an MLP this checks, no more
     surgery.load(state_dict(fold(wrapper)), tensors)

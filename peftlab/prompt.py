@@ -158,8 +158,8 @@ def add(model, n, init="vocabulary", decoder=False):
         A PromptModel, whose `prompt_embeddings` is (n, d).
 
     Raises:
-        ValueError: the model unchanged, for a bad value, a model without token
-            embeddings, and one that carries a method already.
+        ValueError: for a bad value, a model without token embeddings, and one that
+            carries a method already. Then the model is unchanged.
     """
     surgery.refuse_carried(model)
     model = surgery.uncompiled(model)
@@ -195,7 +195,8 @@ def load_state_dict(wrapper, tensors):
     """Copy {"prompt_embeddings": tensor} into the wrapper.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape.
+        ValueError: for a missing or unexpected name, a wrong shape. Then nothing is
+            copied.
     """
     surgery.load(state_dict(wrapper), tensors)
 

@@ -331,8 +331,8 @@ def load(own, tensors):
     """Copy tensors into `own`, a state dict of the model.
 
     Raises:
-        ValueError: nothing copied, for a missing or unexpected name, a wrong shape,
-            what is no tensor of floats, NaN and infinity.
+        ValueError: for a missing or unexpected name, a wrong shape, a tensor that is
+            not of floats, NaN or infinity. Then nothing is copied.
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"give {{name: tensor}}, not a {type(tensors).__name__}")
