@@ -126,15 +126,17 @@ class PromptModel(nn.Module):
             text = self.model.get_input_embeddings()(ids)
         return text
 
-    def generate(self, *args, **options):
+    def generate(self, inputs=None, *args, **options):
         """The model's own `generate`: a decoder's result starts with input_ids.
 
         Raises:
             ValueError: as `forward`, and for a cache that holds a text already.
         """
         if _is_encoder_decoder(self.model):
-            return self.model.generate(**self._with_prompt(*args, **options))
-        return surgery.generate(self.model, self._with_prompt, *args, **options)
+            input_ids = options.pop("input_ids", inputs)
+            options = self._with_prompt(input_ids, **options)
+            return self.model.generate(None, *args, **options)
+        return surgery.generate(self.model, self._with_prompt, inputs, *args, **options)
 
     def state_dict(self, *args, **options):
         return surgery.untied(super().state_dict(*args, **options))

@@ -22,6 +22,7 @@ from common import (
     llama,
     seeded,
     snapshot,
+    t5,
     trainable,
 )
 from safetensors.torch import load_file
@@ -274,6 +275,20 @@ def test_the_model_is_as_it_was_after_writing(soft):
 
 
 # The laws: what trains
+
+
+def test_generate_takes_its_arguments_as_transformers_does(soft):
+    for build in (llama, t5):
+        wrapper = soft.add(build(), N)
+        settings = tf.GenerationConfig(max_new_tokens=4, decoder_start_token_id=0)
+        settings.pad_token_id = 0
+        want = wrapper.generate(input_ids=IDS, generation_config=settings)
+        for given in (
+            wrapper.generate(IDS, settings),
+            wrapper.generate(inputs=IDS, generation_config=settings),
+            wrapper.generate(IDS, settings, attention_mask=torch.ones_like(IDS)),
+        ):
+            assert torch.equal(given, want)
 
 
 def test_nothing_else_trains(soft):
