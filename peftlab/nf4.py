@@ -57,9 +57,9 @@ def _nf4():
     another formula; the values that the paper lists (appendix E) are these.
     """
     above = torch.linspace(0.9677083, 0.5, 9, **CPU).double()  # the last one is zero's
-    below = torch.linspace(0.9677083, 0.5, 8, **CPU).double()[:-1]
+    mirrored = torch.linspace(0.9677083, 0.5, 8, **CPU).double()[:-1]  # seven, no half
 
-    probabilities = torch.cat([1 - below, above.flip(0)])
+    probabilities = torch.cat([1 - mirrored, above.flip(0)])  # from small to large
     quantiles = torch.special.ndtri(probabilities).float()
     return quantiles / quantiles[-1]  # the largest becomes 1
 

@@ -107,7 +107,8 @@ class PromptModel(nn.Module):
         return inputs
 
     def _positions(self, inputs, mask):
-        """Where the text stands without a prompt; None where the model counts right."""
+        """Where the text stands without a prompt, as given or, with left pads, counted;
+        None where the model counts right by itself."""
         given = inputs.get("position_ids")
         if given is not None or not surgery.has_left_pads(mask):
             return given
@@ -265,7 +266,7 @@ def _was_read(model, inputs):
 
 
 def _are_of_tokens(labels):
-    """Whether each token has a label, not a row one, or a number for each class."""
+    """Whether labels are (batch, tokens): not one a row, nor a float for each class."""
     return labels is not None and labels.dim() == 2 and labels.dtype == torch.long
 
 
@@ -281,15 +282,16 @@ def _check_pads(model, mask):
     if not mask.any(1).all():
         raise ValueError("a row, or its first part of several, holds pads alone")
 
-    if surgery.has_left_pads(mask) and not _takes_left_pads(model):
+    if surgery.has_left_pads(mask) and not _reads_past_left_pads(model):
         raise ValueError("this model would count left pads: pad on the right")
     if not mask[:, -1].all() and _pools_last(model):
         raise ValueError("this model reads its answer last: pad on the left")
 
 
-def _takes_left_pads(model):
-    """Also true where pads may only come before the prompt: for MPT, which measures
-    distances, and Mamba, whose state passes over them."""
+def _reads_past_left_pads(model):
+    """Whether a row that begins with pads answers as it does alone, if the pads stand
+    before the prompt: in MPT, which measures distances, and Mamba, whose state passes
+    over them, too."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     before_the_prompt = family in ("mpt", "mamba", "mamba2", "falcon_mamba")
     return before_the_prompt or surgery.takes_left_pads(model)

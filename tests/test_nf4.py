@@ -1074,7 +1074,7 @@ else:
 
 CPU = 'CPU = dict(dtype=torch.float32, device="cpu")'
 ABOVE = "above = torch.linspace(0.9677083, 0.5, "
-BELOW = "below = torch.linspace(0.9677083, 0.5, "
+BELOW = "mirrored = torch.linspace(0.9677083, 0.5, "
 SYMMETRIC = {f"{ABOVE}9": f"{ABOVE}8", ".double()[:-1]": ".double()"}
 SCALED = "scaled = rows * (1 / absmax.clamp(TINY))[:, None]"
 LAST = "scaled[-1] = rows[-1] / absmax[-1]"
