@@ -21,6 +21,8 @@ and splits B's group once more, by weight decay.
 
 from torch import nn
 
+from . import surgery
+
 
 def parameter_groups(model, lr, ratio=16):
     """Two groups of a model's trainable parameters, for a torch optimizer.
@@ -40,9 +42,9 @@ def parameter_groups(model, lr, ratio=16):
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, not a {type(model).__name__}")
-    _check_positive("lr", lr)
-    _check_positive("ratio", ratio)
-    _check_positive("lr * ratio", lr * ratio)
+    surgery.check_positive("lr", lr)
+    surgery.check_positive("ratio", ratio)
+    surgery.check_positive("lr * ratio", lr * ratio)
 
     slow = []
     fast = []
@@ -59,11 +61,3 @@ def parameter_groups(model, lr, ratio=16):
 def _is_b(name):
     """Ours is `path.lora_B`, peft's `path.lora_B.default.weight`."""
     return "lora_B" in name.split(".")
-
-
-def _check_positive(what, value):
-    """ValueError for what is no number, or is one that an optimizer cannot take."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < 1e300:
-        shown = " ".join(repr(value).split())
-        raise ValueError(f"{what} must be a positive number, not {shown:.60}")
