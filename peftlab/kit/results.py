@@ -20,7 +20,7 @@ FOLDER = _CHECKOUT if _CHECKOUT.is_dir() else _PACKAGE / "results"
 
 
 def load(name, folder=None):
-    """What is stored under a name, e.g. "02_full_finetuning" or "sweep", as a dict.
+    """What is stored under a name, e.g. "03_learning_and_forgetting" or "sweep", as a dict.
 
     Raises ValueError, with the names that exist, for an unknown one."""
     path = Path(folder or FOLDER) / f"{name}.json"
@@ -42,7 +42,7 @@ def save(name, content, folder=None):
 
 
 class Figures:
-    """A chapter's figures: `figures = Figures("05_lora")`, `figures.keep("loss", 0.1,
+    """A chapter's figures: `figures = Figures("02_lora")`, `figures.keep("loss", 0.1,
     0.05)`.
 
     Written to the folder in the variable PEFTLAB_RESULTS; nowhere if it is not set."""
