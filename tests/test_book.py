@@ -23,7 +23,8 @@ HTML = ROOT / "_build" / "html"
 PAGES = sorted(p for p in HTML.rglob("*.html") if "_static" not in p.parts)
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
-DOCS = [TOC["root"]] + [c["file"] for part in TOC["parts"] for c in part["chapters"]]
+ENTRIES = [c for part in TOC["parts"] for c in part["chapters"]]
+DOCS = [TOC["root"]] + [e["file"] for c in ENTRIES for e in [c, *c.get("sections", ())]]
 CHAPTERS = [doc for doc in DOCS if doc.startswith("notebooks/")]
 REFERENCES = [doc for doc in DOCS if doc.startswith("book/reference/")]
 REPOSITORY = CONFIG["repository"]["url"]
@@ -262,7 +263,7 @@ def links(text):
 
 def table(text):
     """The chapters that a file's table of chapters links to, in order."""
-    rows = [line for line in text.splitlines() if line.startswith("| [")]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     rest = [line for line in text.splitlines() if line.startswith("[")]
     urls = links("\n".join([*rows, *rest]))
     found = [re.fullmatch(r"(?:\.\./)?(notebooks/[\w.]+)\.ipynb", url) for url in urls]

@@ -5,6 +5,8 @@ page's own colour shows through and nothing disappears on either."""
 
 import matplotlib
 import matplotlib.pyplot as plt
+from IPython import get_ipython
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 INK = "#7f8893"  # axes and labels
 COLORS = {  # one colour for each method, in every chapter
@@ -18,7 +20,12 @@ COLORS = {  # one colour for each method, in every chapter
 
 
 def use_style():
-    """Set the book's style for all figures drawn after it."""
+    """Set the book's style for all figures drawn after it.
+
+    In a notebook they are SVG, whose ink takes the colour of the page's text
+    (book/_ext/schematics.py)."""
+    if get_ipython() is not None:
+        set_matplotlib_formats("svg", metadata={"Date": None})
     matplotlib.rcParams.update(
         {
             "figure.figsize": (6.4, 3.4),
@@ -46,6 +53,8 @@ def use_style():
             "lines.markersize": 5,
             "legend.frameon": False,
             "hatch.color": INK,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "peftlab",
         }
     )
 
