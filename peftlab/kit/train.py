@@ -82,6 +82,7 @@ def train(
     seed=0,
     progress=True,
     groups=None,
+    max_grad_norm=1.0,
 ):
     """Train a causal model on the answers of `records`, with AdamW.
 
@@ -99,6 +100,8 @@ def train(
         progress: show a bar, on a terminal alone: never in a notebook's stored outputs.
         groups: AdamW's parameter groups, each with a learning rate of its own, in place
             of one group at lr (`lora_plus.parameter_groups` makes such).
+        max_grad_norm: longer gradients are shortened to this norm, all parameters taken
+            together, as transformers' Trainer does; None leaves them as they are.
 
     Returns:
         The loss of each step, a list of floats.
@@ -127,6 +130,8 @@ def train(
         batch = {k: v.to(model.device) for k, v in batch.items()}
         loss = model(**batch).loss
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
