@@ -330,24 +330,3 @@ def test_every_dependency_is_pinned_within_its_range():
         assert version, f"constraints.txt does not pin {wanted.name}"
         assert wanted.specifier.contains(version), f"{version} is not {wanted}"
     assert not [v for v in pins.values() if "+" in v], "a pin names a local build"
-
-
-# Words that only we would understand, or that say it worse: see CONTRIBUTING.md.
-PRIVATE = (
-    r"\b(held against|plant(s|ed)?|reckon(s|ed)?|piles?|dials?|\d+ lines at most)\b"
-)
-
-
-def test_no_private_word_is_on_a_page_or_in_a_file():
-    files = [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *(ROOT / "book").rglob("*.md"),
-    ]
-    for folder in ("peftlab", "experiments", "tools"):
-        files += (ROOT / folder).rglob("*.py")
-    bad = {}
-    for path in files:
-        if words := re.findall(PRIVATE, path.read_text("utf8"), re.IGNORECASE):
-            bad[str(path.relative_to(ROOT))] = sorted({word for word, *_ in words})
-    assert not bad, f"say it in plain words: {bad}"
