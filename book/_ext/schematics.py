@@ -14,7 +14,19 @@ from pathlib import Path
 from docutils import nodes
 
 IMAGE = re.compile(r'<img\b[^>]*\bsrc="[^"]*?([^"/]+\.svg)"[^>]*>')
-INK = "#7f8893"  # peftlab.kit.plot.INK: "the colour of the text around"
+# The colours of peftlab.kit.plot, and the CSS variable that takes the place of each.
+FIGURE = {
+    "#4a5561": "ink",
+    "#fefefe": "ground",
+    "#c8500f": "orange",
+    "#1f2933": "dark",
+    "#6b7682": "grey",
+    "#7a3212": "brown",
+    "#1261dc": "blue",
+    "#0b8457": "green",
+    "#8a21a8": "purple",
+}
+PAINT = re.compile("|".join(FIGURE))
 GROUND = re.compile(r'<rect class="ground"[^>]*/>\n?')
 STYLE = re.compile(r"<style\b[^>]*>.*?</style>\n?", re.S)
 HEAD = re.compile(r"<svg\b[^>]*>", re.S)
@@ -34,9 +46,9 @@ def _inline(svg, alt, classes, first, number):
         kind = "peft-schematic"
         svg = GROUND.sub("", svg)
         svg = svg if first else STYLE.sub("", svg)
-    elif INK in svg:
+    elif 'id="figure_1"' in svg and PAINT.search(svg):
         kind = "peft-figure"
-        svg = svg.replace(INK, "var(--fig-ink)")
+        svg = PAINT.sub(lambda m: f"var(--fig-{FIGURE[m[0]]})", svg)
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
         svg = STYLE.sub("", svg)
         # matplotlib's names are the same in each figure.
