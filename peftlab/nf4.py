@@ -399,7 +399,7 @@ def _multiply(x, q):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, which unpacks W again on the way back instead of keeping it."""
+    """x W^T, which unpacks W again for the backward pass instead of keeping it."""
 
     @staticmethod
     def forward(ctx, x, q):

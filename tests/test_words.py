@@ -117,7 +117,7 @@ RULES = [
     Rule(
         "numbers, for parameters",
         "parameters, values, weights",
-        r"\b(?:\d{1,3}(?:,\d{3})+|million|billion|trillion|trillions|millions) numbers\b"
+        r"\b(?:\d{1,3}(?:,\d{3})+|(?:m|b|tr)illions?) numbers\b"
         r"|\b(?:as many|fewer|trained|trainable) numbers\b"
         r"|\btrains? (?:[\w,']+ ){0,4}?numbers\b(?! of)"
         r"|\b(?:half|third|quarter|\w+th|share) of (?:\S+ )?numbers\b(?! of)",
@@ -274,7 +274,7 @@ def test_no_private_word_is_in_a_file(path):
     assert not bad, "\n".join([f"{name(path)}:", *bad])
 
 
-OTHER_RATES = r"(?:success|error|pass|sampling|dropout|hit|frame|refresh|at any) rate"
+OTHER_RATES = r"(?:success|error|pass|sampling|dropout|hit|frame|at any|rank and) rate"
 
 
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=name)
@@ -294,7 +294,7 @@ def test_a_rule_refuses_the_private_use_and_lets_the_honest_one_through(rule):
 
 
 def test_code_and_addresses_are_not_read():
-    text = "See `plant.py`, [a page](https://x.org/price) <!-- pile -->and\n\n```\nledger\n```"
+    text = "`dial.py`, [page](https://x.org/price) <!-- pile -->\n\n```\nledger\n```"
     assert not [rule.word for rule in RULES for p in plain(text) if rule.found(p)]
     assert plain("a line\nof code") == ["a line of code"]
     source = '"""A pile."""\nx = "ledger"  # a dial\n'

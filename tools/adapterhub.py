@@ -1,6 +1,6 @@
 """The oracle of peftlab/adapter.py: the `adapters` library, in its own environment.
 
-    make adapterhub            compare, and hold the result against what is stored
+    make adapterhub            compare with the library and with what is stored
     make adapterhub STORE=1    compare, and store it in book/results/adapterhub.json
 
 On small random models in float32, in eval mode, with the library's own settings: the

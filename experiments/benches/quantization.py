@@ -48,8 +48,8 @@ MEMORY = {
 }
 WIDTHS = {512: 8, 1024: 4}  # of the Llama that takes QLoRA steps: turns
 VECTORS = torch.backends.cpu.get_cpu_capability()
-# On other processors a product in bfloat16 takes so long on the way back (`products`)
-# that nothing else counts beside it, in ours or in theirs: there only float32 trains.
+# On other processors a backward pass in bfloat16 takes so long (`products`) that
+# nothing else counts beside it, in ours or in theirs: there only float32 trains.
 TRAINED = [name for name in TYPES if VECTORS == "AVX512" or name == "float32"]
 BOTH = ("float32", "bfloat16")
 ROWS = [  # of the picture: its name, what the figures are called, of which types

@@ -94,8 +94,8 @@ def derive(runs, best, long):
 
 
 def draw():
-    """The start page's figure: what is learnt against what is kept, by learning
-    rate."""
+    """The start page's figure: what is learnt against what is retained, by
+    learning rate."""
     finnish = results.load("finnish")
     ax = plot.axes(
         "learnt: Finnish dates (exact match)", "kept: base dates (exact match)"

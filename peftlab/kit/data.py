@@ -12,14 +12,14 @@ knows:
 | `render` | `fr: 2026-03-12` | `12 mars 2026` | write a date in a language |
 | `refuse` | `31 juin 2026` | `?` | say that there is no such day |
 
-Dates are the headline metric. A record's line is `text = answer`; its prompt ends in
+Dates are the headline metric. A record is written `text = answer`; its prompt ends in
 `=` without a space.
 
 Three promises, each held by a test. **No text has two answers**, in any pair of
 locales: two-digit years and month/day forms with slashes are never used, nor the few
 names that mean two things. **Splits are apart**: a date (as a day, in every language
 and format), an amount or a country's name belongs to train, dev or test by its
-checksum, so no test line is ever in training. **The same seed gives the same records**,
+checksum, so no test record is trained on. **The same seed gives the same records**,
 whichever Babel is installed: the words of the book's sixteen languages are frozen in
 `languages.json` (`tools/languages.py` wrote it). All other languages are written as the
 installed Babel writes them. Digits are Latin and the calendar is Gregorian everywhere,
@@ -68,7 +68,7 @@ NOT_COUNTRIES = {"EU", "EZ", "UN", "QO", "XA", "XB", "ZZ"}
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the world: `text = answer`."""
+    """One piece of data: `text = answer`."""
 
     kind: str
     language: str

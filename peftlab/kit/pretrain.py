@@ -1,8 +1,8 @@
 r"""Train tiny-decoder from nothing: `make models` (some fifteen minutes on two cores).
 
 A Llama of under one million parameters with grouped-query attention and tied embeddings
-learns to continue the lines of `kit.data` in ten base languages: dates, amounts,
-countries, rendered dates and refusals. The loss is on every token of the line, as in
+learns to continue the records of `kit.data` in ten base languages: dates, amounts,
+countries, rendered dates and refusals. The loss is on every token of a record, as in
 any pretraining.
 
 Writes an ordinary Hugging Face folder, `peftlab/models/tiny-decoder`, and beside the
@@ -83,7 +83,7 @@ def new_model(vocabulary=1024):
 
 
 def batches_by_length(lines, tokenizer, size, seed):
-    """One pass over the lines, those of about one length together: little padding.
+    """One pass over the texts, those of about one length together: little padding.
 
     (Fine-tuning does not do this: over a few hundred steps it costs accuracy.)"""
     rng = random.Random(seed)

@@ -63,7 +63,7 @@ STYLE = """
 .peft-schematic .level { fill: var(--ps-ink); stroke: none; }
 """.strip()
 
-# The same for whoever reads no style sheet: an attribute yields to any CSS rule.
+# The same where no style sheet is read: an attribute yields to any CSS rule.
 PAINT = {
     "ground": 'fill="#ffffff"',
     "frozen": 'fill="#d6dbe1" stroke="#76818d"',

@@ -54,8 +54,8 @@ def batches(records, size, seed=0):
 def checkpoint_activations(model, **settings):
     """Have a transformers model store only what goes into each layer.
 
-    The rest is computed a second time on the way back. transformers 5.23 renamed its
-    method for this; both names are tried.
+    The rest is computed a second time in the backward pass. transformers 5.23 renamed
+    its method for this; both names are tried.
 
     Args:
         model: a transformers model; it is changed in place.
