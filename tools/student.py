@@ -1,13 +1,20 @@
 """Write the student and instructor sheets into _build, and run them: `make student`.
 
-    python tools/student.py               all chapters
-    python tools/student.py 02 05         those whose name begins so
-    python tools/student.py --no-run      write only
+    python tools/student.py                   all chapters
+    python tools/student.py 02 04             those whose name begins so
+    python tools/student.py --no-run          write only
+    python tools/student.py --course FOLDER   sources for a course of nbgrader's
+    python tools/student.py --course FOLDER --exercises-only
 
-The student's sheet has stubs for solutions, no hidden tests, no outputs. The
-instructor's is the chapter whole, with points, rubric and wrong answers below each
-check. The instructor's must run through; the student's must fail, at its first check
-and not before. The markers are nbgrader's, and so is the code that applies them.
+The student's sheet has stubs for solutions, no hidden tests, no outputs, and nothing
+that only the book's own tests need. The instructor's is the chapter whole, with points,
+rubric and wrong answers below each check. The instructor's must run through; the
+student's must fail, at its first check and not before. The markers are nbgrader's, and
+so is the code that applies them.
+
+`--course` writes FOLDER/source/NAME/NAME.ipynb for each chapter, which nbgrader's own
+`generate_assignment` turns into the student's sheet, and FOLDER/nbgrader_config.py.
+With `--exercises-only` an assignment has the exercises, and what they stand on, alone.
 """
 
 import argparse
@@ -38,6 +45,7 @@ STUDENT = ["LockCells", "ClearSolutions", "ClearOutput", "CheckCellMetadata"]
 STUDENT += ["ClearHiddenTests", "ComputeChecksums", "CheckCellMetadata"]
 INSTRUCTOR = ["LockCells", "CheckCellMetadata"]
 FOLDS = {"hide-input", "hide-cell", "hide-output", "remove-input", "remove-output"}
+FOLDS |= {"first-result"}
 STUDENT_FAULTS = ("AssertionError", "NotImplementedError")
 SECONDS_A_CELL = 300
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the only date in the zips, so that they reproduce
@@ -58,12 +66,30 @@ def link_out(book, home):
             cell.source = cell.source.replace("](../", f"]({home}/")
 
 
-def student(book, home=None):
-    """The sheet to hand out: stubs, visible checks only, nothing folded, no output."""
-    book = prepared(book, STUDENT)
+def stub(solution):
+    """What the student finds in the place of a solution's cell."""
+    book = nbformat.v4.new_notebook(cells=[copy.deepcopy(solution)])
+    return prepared(book, ["ClearSolutions"]).cells[0].source
+
+
+def source(book, home=None, exercises_only=False):
+    """The chapter as nbgrader wants its source: solutions in, nothing folded.
+
+    Stubs go, since nbgrader makes its own, and so do cells for the book's tests and the
+    rubric, which would be released. `exercises_only` leaves the exercises and the cells
+    that they stand on."""
+    book = copy.deepcopy(book)
+    if exercises_only:
+        book.cells = exercise_cells(book)
+    hidden = (exercises.STUB, exercises.BOOK_CHECK)
+    book.cells = [
+        cell
+        for cell in book.cells
+        if not any(exercises.tagged(cell, tag) for tag in hidden)
+    ]
     for cell in book.cells:
         meta = cell.metadata
-        for key in ("mystnb", "execution"):
+        for key in ("mystnb", "execution", "cellView"):
             meta.pop(key, None)
         meta.get("jupyter", {}).pop("source_hidden", None)
         meta.get("peftlab", {}).get("exercise", {}).pop("rubric", None)
@@ -72,6 +98,24 @@ def student(book, home=None):
             meta.tags = tags
     link_out(book, home)
     return book
+
+
+def exercise_cells(book):
+    """The title, the cell that installs, the set-up, and all below "## Exercises"."""
+    kept, below = [], False
+    for i, cell in enumerate(book.cells):
+        text = cell.cell_type == "markdown" and cell.source
+        if text and re.search(r"^## ", text, re.M):
+            below = bool(re.search(r"^## Exercises", text, re.M))
+        installs = "nbval-skip" in cell.metadata.get("tags", ())
+        if i == 0 or installs or below or exercises.tagged(cell, exercises.SETUP):
+            kept.append(cell)
+    return kept
+
+
+def student(book, home=None):
+    """The sheet to hand out: stubs, visible checks only, nothing folded, no output."""
+    return prepared(source(book, home), STUDENT)
 
 
 def note(exercise, wrong):
@@ -163,6 +207,30 @@ def write(chapters, out, root=ROOT, keep=()):
     return list(made)
 
 
+CONFIG = """# nbgrader reads this file: https://nbgrader.readthedocs.io
+c = get_config()
+c.CourseDirectory.course_id = "peftlab"
+c.ExecutePreprocessor.timeout = {timeout}  # seconds a cell; nbgrader's own is 30
+"""
+
+
+def write_course(chapters, folder, exercises_only=False):
+    """Write source/NAME/NAME.ipynb for each chapter, and nbgrader_config.py.
+
+    A configuration that is there stays as it is."""
+    made, home = {}, repository()
+    for path in chapters:
+        book = nbformat.read(path, as_version=4)
+        made[path.stem] = source(book, home, exercises_only)
+    for name, book in made.items():
+        text = nbformat.writes(book) + "\n"
+        replace(folder / "source" / name / f"{name}.ipynb", text.encode("utf8"))
+    config = folder / "nbgrader_config.py"
+    if not config.exists():
+        replace(config, CONFIG.format(timeout=SECONDS_A_CELL).encode("utf8"))
+    return list(made)
+
+
 def run(path):
     """Execute a sheet where it lies, up to its first error; the file is left as it is.
 
@@ -222,6 +290,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="how the chapters' names begin")
     parser.add_argument("--no-run", action="store_true", help="write only")
+    parser.add_argument("--course", type=Path, help="the folder of an nbgrader course")
+    parser.add_argument("--exercises-only", action="store_true", help="for --course")
     options = parser.parse_args(arguments)
     os.environ.update(KERNEL)
     os.environ.pop("PEFTLAB_RESULTS", None)  # a sheet stores no figures
@@ -230,6 +300,10 @@ def main(arguments=None):
     chapters = [c for c in every if not chosen or c.stem.startswith(chosen)]
     if not chapters:
         sys.exit(f"no chapter's name begins with {' or '.join(chosen) or 'anything'}")
+    if options.course:
+        names = write_course(chapters, options.course, options.exercises_only)
+        print(f"Written to {options.course / 'source'}: {', '.join(names)}")
+        return
     try:
         sheets = write(chapters, ROOT / "_build", keep=[c.stem for c in every])
     except ValueError as error:

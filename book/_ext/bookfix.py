@@ -4,11 +4,15 @@
   The book has no live cells, so its scripts and style sheet go altogether.
 - The page that redirects to the start page has no language, no title and no link.
 - The list of references carries ARIA roles that are deprecated or do not fit together.
+- An alt text shows its comments, which bind its figures to results: they go.
 - GitHub Pages drops folders that begin with an underscore unless told not to.
 """
 
+import re
 from pathlib import Path
 
+LABEL = re.compile(r'\b(?:alt|aria-label)="[^"]*"')
+COMMENT = re.compile(r"&lt;!--.*?--&gt;|<!--.*?-->")
 REDIRECT = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -39,6 +43,11 @@ def plain_references(app, pagename, templatename, context, doctree):
         context["body"] = context.get("body", "").replace(role, role.split('"', 2)[2])
 
 
+def plain_labels(app, pagename, templatename, context, doctree):
+    body = context.get("body", "")
+    context["body"] = LABEL.sub(lambda m: COMMENT.sub("", m[0]), body)
+
+
 def finish(app, error):
     if error or app.builder.name != "html":
         return
@@ -52,5 +61,7 @@ def finish(app, error):
 def setup(app):
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("html-page-context", plain_references)
+    # After the extension that makes labels of alt texts.
+    app.connect("html-page-context", plain_labels, priority=960)
     app.connect("build-finished", finish)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,11 +2,13 @@
 
 A chapter's notebook is the one source. The cell that holds the solution carries the
 exercise in its metadata (`peftlab.exercise`), the check is the cell whose grade_id is
-the exercise's with "-check" added, and the wrong answers that the check must reject are
-published in book/wrong_answers, one file for a chapter.
+the exercise's with "-check" added, and the open stub is the cell tagged exercise-stub
+before the solution. The wrong answers that the check must reject are published in
+book/wrong_answers, one file for a chapter; those that it must accept, beside the
+chapter's own, are in book/right_answers.
 
-Read by tools/student.py and tests/test_exercises.py too. Nothing is executed here: the
-message that a wrong answer meets is read off the check's `assert`.
+Read by tools/notebooks.py, tools/student.py and the tests too. Nothing is executed
+here: the message that a wrong answer meets is read off the check's text.
 """
 
 import ast
@@ -23,7 +25,10 @@ from sphinx.util.docutils import SphinxDirective
 
 NOTEBOOKS = "notebooks"
 WRONG_ANSWERS = "book/wrong_answers"
+RIGHT_ANSWERS = "book/right_answers"
 SETUP = "exercise-setup"  # the tag of the cells that the exercises stand on
+STUB = "exercise-stub"  # of the open stub, which is made from the solution
+BOOK_CHECK = "book-check"  # of what the book's tests need and no reader
 HEADING = re.compile(r"^### Exercise (\S+) · (.+?)\s*$", re.M)
 GRADED = {"auto": "its check", "rubric": "hand, by the rubric"}
 
@@ -45,55 +50,73 @@ def grade_id(cell):
     return cell["metadata"]["nbgrader"]["grade_id"]
 
 
+def tagged(cell, tag):
+    return tag in cell["metadata"].get("tags", ())
+
+
 def setup_cells(book):
     """The cells that every exercise of a chapter stands on, in order."""
-    return [c for c in book["cells"] if SETUP in c["metadata"].get("tags", ())]
+    return [cell for cell in book["cells"] if tagged(cell, SETUP)]
 
 
 def exercises(book):
     """The exercises of a notebook, in order: the metadata of each, and its cells.
 
     `solution` is the cell that the student fills, `check` the one that judges it, None
-    for an exercise graded by hand; `heading` is the heading of its task, or None."""
+    for an exercise graded by hand; `stub` is the open stub, or None; `heading` is the
+    heading of its task, or None."""
     checks = {grade_id(c): c for c in book["cells"] if role(c) == "check"}
     text = (source(c) for c in book["cells"] if c["cell_type"] == "markdown")
     headings = {m[1]: m for t in text for m in HEADING.finditer(t)}
-    found = []
+    found, stub = [], None
     for cell in book["cells"]:
+        stub = cell if tagged(cell, STUB) else stub
         meta = cell["metadata"].get("peftlab", {}).get("exercise")
         if meta is not None:
             heading = headings.get(meta.get("id"))
             check = checks.get(f"{meta.get('id')}-check")
             found.append(
-                dict(meta, solution=cell, check=check)
+                dict(meta, solution=cell, check=check, stub=stub)
                 | dict(heading=heading and heading[0].lstrip("# ").strip())
             )
+            stub = None
     return found
 
 
 def wrong_answers(root, chapter):
     """The published wrong answers of a chapter: exercise, mistake, code, message."""
-    path = Path(root, WRONG_ANSWERS, f"{chapter}.yml")
+    return _answers(Path(root, WRONG_ANSWERS, f"{chapter}.yml"))
+
+
+def right_answers(root, chapter):
+    """Other right answers than the chapter's own: exercise, what, code."""
+    return _answers(Path(root, RIGHT_ANSWERS, f"{chapter}.yml"))
+
+
+def _answers(path):
     return (yaml.safe_load(path.read_text("utf8")) or []) if path.is_file() else []
 
 
 def messages(check):
-    """The messages of a check's asserts, in order; "…" where a value is put in."""
+    """What a check may say: its texts, in order, "…" where a value is put in.
+
+    A message may stand in the assert, or in a table or a function that the assert takes
+    it from; so these are all texts of at least three words."""
     found = []
-    for node in ast.walk(ast.parse(check)):
-        text = None
-        if isinstance(node, ast.Assert):
-            text = node.msg
-        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            text = next(iter(node.exc.args), None)
-        if isinstance(text, ast.Constant) and isinstance(text.value, str):
-            found.append((node.lineno, text.value))
-        elif isinstance(text, ast.JoinedStr):
+
+    class Texts(ast.NodeVisitor):
+        def visit_Constant(self, node):
+            if isinstance(node.value, str):
+                found.append(node.value)
+
+        def visit_JoinedStr(self, node):
             parts = (
-                v.value if isinstance(v, ast.Constant) else "…" for v in text.values
+                v.value if isinstance(v, ast.Constant) else "…" for v in node.values
             )
-            found.append((node.lineno, "".join(parts)))
-    return [text for _, text in sorted(found)]
+            found.append("".join(parts))
+
+    Texts().visit(ast.parse(check))
+    return [text for text in found if len(text.split()) >= 3]
 
 
 def message(check, pattern):
