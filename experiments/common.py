@@ -1,6 +1,11 @@
 """What the sweeps share: one run (train, then measure) and a pool of two workers."""
 
+import hashlib
+import inspect
+import json
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers, a thread each: no quarrel
 
@@ -12,6 +17,9 @@ from peftlab import lora
 from peftlab.kit import base_models, data, measure, results
 from peftlab.kit.results import share, where
 from peftlab.kit.train import train
+
+SCRATCH = Path(__file__).parents[1] / "_build" / "sweeps"
+WORKERS = int(os.environ.get("WORKERS", 2))
 
 BASES = data.BASE_LANGUAGES
 TARGETS = {
@@ -72,9 +80,37 @@ def best_rate(runs, method):
 
 
 def sweep(run, jobs, title):
-    """run(job) for each job, two at a time; the results in the order of the jobs."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return list(tqdm(pool.imap(run, jobs), total=len(jobs), desc=title))
+    """run(job) for each job, two at a time; the results in the order of the jobs.
+
+    Each result is written to `_build/sweeps` as it comes, so that a sweep that was
+    stopped goes on where it was. Results of other code are not taken: the files carry a
+    digest of the sweep's own file, of this one and of the training loop.
+    """
+    path = SCRATCH / f"{re.sub(r'[^a-z0-9]+', '-', title)}-{digest(run)}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {}
+    if path.is_file():
+        for row in path.read_text("utf8").splitlines():
+            job, result = json.loads(row)
+            done[json.dumps(job)] = result
+
+    left = [job for job in jobs if json.dumps(job) not in done]
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool, path.open("a") as f:
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=title)
+        for job, result in zip(left, pool.imap(run, left)):
+            f.write(json.dumps([job, result]) + "\n")
+            f.flush()
+            done[json.dumps(job)] = json.loads(json.dumps(result))
+            bar.update()
+
+    return [done[json.dumps(job)] for job in jobs]
+
+
+def digest(run):
+    """Of the code that a sweep's results depend on, as far as the sweep can tell."""
+    files = [inspect.getfile(run), __file__, inspect.getfile(train)]
+    text = "".join(Path(file).read_text("utf8") for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def store(name, runs, **more):
