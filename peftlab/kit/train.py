@@ -5,6 +5,7 @@ import sys
 
 import torch
 from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup
 
 
 def collate(records, tokenizer, loss_on="answer"):
@@ -93,8 +94,8 @@ def train(
         tokenizer: the model's.
         records: a list of `data.Record`.
         steps: how many, at least 1.
-        lr: the peak learning rate, reached after 10% of the steps and falling linearly
-            to zero after that.
+        lr: the peak learning rate. It rises from zero over a tenth of the steps and
+            falls to zero again, both linearly, as in transformers' Trainer.
         batch_size: records a step.
         seed: of the order of the records.
         progress: show a bar, on a terminal alone: never in a notebook's stored outputs.
@@ -120,9 +121,7 @@ def train(
     source, losses = batches(records, batch_size, seed), []
     optimizer = torch.optim.AdamW(groups or trainable, lr, weight_decay=0.0)
     warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, (steps - s) / max(1, steps - warm))
-    )
+    schedule = get_linear_schedule_with_warmup(optimizer, warm, steps)
     model.train()
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
