@@ -120,8 +120,7 @@ def train(
     torch.manual_seed(seed)
     source, losses = batches(records, batch_size, seed), []
     optimizer = torch.optim.AdamW(groups or trainable, lr, weight_decay=0.0)
-    warm = max(1, steps // 10)
-    schedule = get_linear_schedule_with_warmup(optimizer, warm, steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
