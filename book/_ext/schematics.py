@@ -1,17 +1,17 @@
-"""Pictures that follow the theme, and a description for every page.
+"""Pictures that follow the theme.
 
 An SVG in an `<img>` sees neither the page's colours nor its light/dark button. So the
 drawings of `peftlab.kit.schematic`, and matplotlib's SVG figures, are put into the page
 itself: the alt text becomes the label, the ground goes, and the page's CSS
-(`--ps-…`, `--fig-ink`) gives the colours. Whoever reads the notebook elsewhere sees
+(`--ps-…`, `--fig-…`) gives the colours. Whoever reads the notebook elsewhere sees
 the plain image.
+
+A figure with panels side by side is too wide for a phone. There its panels stand one
+below the other: each is the same drawing once more, seen through a window of its own.
 """
 
 import re
-from html import escape
 from pathlib import Path
-
-from docutils import nodes
 
 IMAGE = re.compile(r'<img\b[^>]*\bsrc="[^"]*?([^"/]+\.svg)"[^>]*>')
 # The colours of peftlab.kit.plot, and the CSS variable that takes the place of each.
@@ -30,11 +30,54 @@ PAINT = re.compile("|".join(FIGURE))
 GROUND = re.compile(r'<rect class="ground"[^>]*/>\n?')
 STYLE = re.compile(r"<style\b[^>]*>.*?</style>\n?", re.S)
 HEAD = re.compile(r"<svg\b[^>]*>", re.S)
+PANEL = re.compile(r'<g id="(?:f\d+-)?axes_\d+">')
+CORNER = re.compile(r"[ML] (-?[\d.]+) (-?[\d.]+)\s")
+TEXT = re.compile(r'<text style="([^"]*)" x="([-\d.]+)" y="([-\d.]+)"[^>]*>([^<]*)')
+LETTER = 6.6  # the width of one, about
 
 
 def _attribute(tag, name):
     found = re.search(rf'\b{name}="([^"]*)"', tag)
     return found[1] if found else ""
+
+
+def _windows(svg, number, width, height):
+    """Of panels side by side, what shows each: x, y, width, height. Else nothing.
+
+    The first window is the legend's, where there is one above the panels."""
+    panels = PANEL.split(svg)[1:]
+    if len(panels) < 2:
+        return []
+    panels[-1], _, legend = panels[-1].partition(f'<g id="f{number}-legend_1">')
+    boxes = [_extent(panel) for panel in panels]
+    narrow = any(right - left < 90 for _, left, right, _ in boxes)
+    if narrow or any(a[2] > b[0] for a, b in zip(boxes, boxes[1:], strict=False)):
+        return []
+    windows = []
+    named = [(float(x), float(y), words) for _, x, y, words in TEXT.findall(legend)]
+    if named and max(y for _, y, _ in named) < min(top for *_, top in boxes) + 5:
+        right = max(x + LETTER * len(words) + 8 for x, _, words in named)
+        windows.append((0, 0, right, max(y for _, y, _ in named) + 6))
+    edges = [0, *(first - 2 for first, *_ in boxes[1:]), width]
+    for (*_, top), left, right in zip(boxes, edges, edges[1:], strict=False):
+        windows.append((left, top, right - left, height - top))
+    return windows
+
+
+def _extent(panel):
+    """Where a panel's words begin, its axes' left and right edge, and its top."""
+    (left, _), (right, _), (_, top), *_ = (
+        tuple(map(float, corner)) for corner in CORNER.findall(panel)
+    )
+    first, above = left, top - 5
+    for style, x, y, words in TEXT.findall(panel):
+        x, y = float(x), float(y)
+        if x < left:
+            end = "text-anchor: end" in style
+            first = min(first, x - (LETTER * len(words) if end else 12))
+        if y < top:
+            above = min(above, y - 14)
+    return first, left, right, above
 
 
 def _inline(svg, alt, classes, first, number):
@@ -55,15 +98,21 @@ def _inline(svg, alt, classes, first, number):
         svg = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>f{number}-", svg)
     else:
         return None
-    width = box.split()[2]
-    new = (
-        f'<svg class="{kind} {classes}" role="img" aria-label="{alt}" '
-        f'viewBox="{box}" style="--natural: {float(width):g}px">'
-    )
-    svg = svg.replace(HEAD.match(svg)[0], new, 1).strip()
+    width, height = map(float, box.split()[2:])
+    new = '<svg class="{}" {} viewBox="{}" style="--natural: {:g}px">'
+    label = f'role="img" aria-label="{alt}"'
+    whole = new.format(f"{kind} {classes}", label, box, width)
+    svg = svg.replace(head, whole, 1).strip()
+    if kind == "peft-schematic":
+        return svg
+    windows = _windows(svg, number, width, height)
+    for x, y, w, h in windows:
+        view = f"{x:g} {y:g} {w:g} {h:g}"
+        svg += new.format("peft-figure panel", 'aria-hidden="true"', view, w)
+        svg += f'<use href="#f{number}-figure_1"/></svg>'
     # The theme makes its scrollable boxes reachable by keyboard where they scroll.
-    box = '<div class="pst-scrollable-table-container">{}</div>'
-    return box.format(svg) if kind == "peft-figure" else svg
+    stacks = " stacks" if windows else ""
+    return f'<div class="pst-scrollable-table-container{stacks}">{svg}</div>'
 
 
 def inline(app, pagename, templatename, context, doctree):
@@ -84,34 +133,6 @@ def inline(app, pagename, templatename, context, doctree):
         context["body"] = IMAGE.sub(swap, context["body"])
 
 
-def describe(app, pagename, templatename, context, doctree):
-    """The first paragraph as the page's description, unless it has one."""
-    if doctree is None or 'name="description"' in context.get("metatags", ""):
-        return
-    for paragraph in doctree.findall(nodes.paragraph):
-        text = " ".join(paragraph.astext().split())
-        if len(text) > 40:
-            short = text if len(text) < 160 else text[:157].rsplit(" ", 1)[0] + " …"
-            context["metatags"] = context.get("metatags", "") + (
-                f'\n<meta name="description" content="{escape(short)}">'
-            )
-            return
-
-
-def name_toggles(app, pagename, templatename, context, doctree):
-    """The theme's arrows in the side bar have no name for a screen reader."""
-    theirs = context.get("generate_toctree_html")
-
-    def ours(*args, **options):
-        label = '<summary aria-label="Show or hide the pages below">'
-        return str(theirs(*args, **options)).replace("<summary>", label)
-
-    if theirs:
-        context["generate_toctree_html"] = ours
-
-
 def setup(app):
-    app.connect("html-page-context", name_toggles, priority=950)
     app.connect("html-page-context", inline, priority=950)
-    app.connect("html-page-context", describe)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
