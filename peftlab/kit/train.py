@@ -5,7 +5,7 @@ import sys
 
 import torch
 from tqdm.auto import tqdm
-from transformers import get_linear_schedule_with_warmup
+from transformers import BatchEncoding, get_linear_schedule_with_warmup
 
 
 def collate(records, tokenizer, loss_on="answer"):
@@ -17,8 +17,9 @@ def collate(records, tokenizer, loss_on="answer"):
         loss_on: "answer", or "line" for every token.
 
     Returns:
-        {input_ids, attention_mask, labels: (batch, tokens)}. labels is -100 where there
-        is no loss: on padding and, with loss_on="answer", on the prompt.
+        {input_ids, attention_mask, labels: (batch, tokens)}, which has a `to(device)`.
+        labels is -100 where there is no loss: on padding and, with loss_on="answer", on
+        the prompt.
     """
     rows, labels = [], []
     prompts = tokenizer([r.prompt for r in records])["input_ids"]
@@ -35,11 +36,12 @@ def collate(records, tokenizer, loss_on="answer"):
     def padded(lists, fill):
         return torch.tensor([row + [fill] * (longest - len(row)) for row in lists])
 
-    return dict(
+    tensors = dict(
         input_ids=padded(rows, tokenizer.pad_token_id),
         attention_mask=padded([[1] * len(row) for row in rows], 0),
         labels=padded(labels, -100),
     )
+    return BatchEncoding(tensors)
 
 
 def batches(records, size, seed=0):
@@ -124,8 +126,7 @@ def train(
     model.train()
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
-        batch = collate(next(source), tokenizer)
-        batch = {k: v.to(model.device) for k, v in batch.items()}
+        batch = collate(next(source), tokenizer).to(model.device)
         loss = model(**batch).loss
         loss.backward()
         if max_grad_norm is not None:
