@@ -48,8 +48,10 @@ def test_a_fork_names_itself_everywhere_and_nothing_else_changes(copy):
     assert changed >= {p for p in before if p.suffix == ".ipynb"}
     assert {p for p in before if before[p] != after[p]} == changed
     short, new = old().encode(), fork.slug(NEW).encode()
+    sites = [fork.published(slug).encode() for slug in (old(), fork.slug(NEW))]
     for path in changed:
-        assert before[path].replace(b"/" + short, b"/" + new) == after[path], path
+        moved = before[path].replace(*sites).replace(b"/" + short, b"/" + new)
+        assert moved == after[path], path
     left = [p for p, b in after.items() if b"github.com/" + short in b]
     left += [p for p, b in after.items() if b"google.com/github/" + short in b]
     assert not left, f"these still name {old()}: {left}"
@@ -60,6 +62,13 @@ def test_there_and_back_again_changes_nothing(copy):
     fork.rewrite(copy, NEW)
     fork.rewrite(copy, f"https://github.com/{old()}")
     assert contents(copy) == before
+
+
+def test_the_start_page_s_picture_is_looked_for_where_the_fork_is_published(copy):
+    fork.rewrite(copy, NEW)
+    page = (copy / "book/index.md").read_text("utf8")
+    assert "https://jane-doe.github.io/my.peft_book/_static/og.png" in page
+    assert fork.published("Jane/jane.github.io") == "https://jane.github.io"
 
 
 def test_a_repository_whose_name_only_begins_alike_is_left_alone(copy):

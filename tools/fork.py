@@ -3,7 +3,8 @@
 Rewrites the repository's address, which _config.yml names, wherever it stands: in
 _config.yml itself, in the chapters (links to Colab, the cells that install the package
 there), README.md, CITATION.cff, pyproject.toml, environment.yml and the book's pages.
-The package keeps its name, so `import peftlab` stays.
+So does it with the address of the published book, on GitHub Pages, which the start page
+names for its preview picture. The package keeps its name, so `import peftlab` stays.
 """
 
 import argparse
@@ -36,6 +37,13 @@ def slug(url):
     return found[1]
 
 
+def published(slug):
+    """Where GitHub Pages shows the book of ``you/yourbook``."""
+    owner, name = slug.split("/")
+    site = f"{owner.lower()}.github.io"
+    return f"https://{site}" if name.lower() == site else f"https://{site}/{name}"
+
+
 def rewrite(root, url):
     """Change every file that names the old repository; return their paths."""
     new = slug(url)
@@ -46,10 +54,12 @@ def rewrite(root, url):
         rf"(github\.com/|colab\.research\.google\.com/github/){re.escape(old)}"
         r"(?![\w-]|\.(?!git\b)\w)"
     )
+    site = re.compile(rf"{re.escape(published(old))}(?![\w.-])")
     changed = []
     for path in sorted(p for glob in FILES for p in root.glob(glob)):
         before = path.read_bytes().decode("utf8")
         after = pattern.sub(lambda m: m[1] + new, before)
+        after = site.sub(published(new), after)
         if after != before:
             path.write_bytes(after.encode("utf8"))
             changed.append(path.relative_to(root))
