@@ -1,9 +1,9 @@
 r"""The one picture of the book: a layer, what is frozen, and what is trained beside it.
 
 `draw("lora")` returns a drawing that a notebook shows as SVG; its `svg` is the text.
-Every method is drawn on the same sheet: W at the same place, an area as large as the
-numbers that it holds, frozen parts grey with a lock, trained parts orange, the sum as a
-plus. What a method shares with LoRA is pale, so that only the difference stands out.
+Every method is drawn on the same sheet: W at the same place, a unit of area for each
+parameter, frozen parts grey with a lock, trained parts orange, the sum as a plus. What
+a method shares with LoRA is pale, so that only the difference stands out.
 
 The colours are CSS variables (`--ps-ink` and so on). A book page inlines the drawing
 (`book/_ext/schematics.py`) and sets them for its own theme; as a plain image, on GitHub
@@ -228,7 +228,7 @@ def full(sheet):
     _weight(sheet, "trained")
     _nothing_beside(sheet)
     _formula(sheet, "y = ", "*W", " x")
-    _count(sheet, f"{OUT * IN:,} of {OUT * IN:,} numbers trained, drawn to scale")
+    _count(sheet, f"{OUT * IN:,} of {OUT * IN:,} parameters trained, drawn to scale")
     return "the square W, trained; nothing stands beside it"
 
 
