@@ -39,8 +39,10 @@ SETTLE = """async () => {
     }
     return broken;
 }"""
-NO_ALT = """() => [...document.images].filter(i => !(i.alt || '').trim())
-    .map(i => i.getAttribute('src'))"""
+NO_ALT = """() => [...document.querySelectorAll('img, svg[role="img"]')]
+    .map(i => [i, (i.alt ?? i.getAttribute('aria-label') ?? '').trim()])
+    .filter(([i, alt]) => !i.ariaHidden && (!alt || alt.includes('<!--')))
+    .map(([i, alt]) => alt || i.outerHTML.slice(0, 80))"""
 UNSET = """() => [...document.querySelectorAll('.math')]
     .filter(m => !m.querySelector('mjx-container') || m.querySelector('mjx-merror'))
     .map(m => m.textContent.slice(0, 60))"""
@@ -93,6 +95,46 @@ MARK = """known => {
         kinds.add(kind);
     }
     return [...kinds];
+}"""
+# The words in our drawings, of which axe says nothing: their contrast with the page,
+# and their size there, which is that in the drawing times the room that it has.
+WORDS = """() => {
+    const light = c => {
+        const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(
+            v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    const clear = c => c == 'transparent' || c.endsWith(', 0)');
+    const bad = new Set();
+    for (const svg of document.querySelectorAll('article svg.peft-figure')) {
+        const box = svg.getBoundingClientRect(), view = svg.viewBox.baseVal;
+        if (box.width < 2) continue;
+        let ground = svg;
+        while (clear(getComputedStyle(ground).backgroundColor) && ground.parentElement)
+            ground = ground.parentElement;
+        const paper = light(getComputedStyle(ground).backgroundColor);
+        const window = svg.querySelector(':scope > use[href]');
+        const drawn = window
+            ? document.querySelector(window.getAttribute('href')) : svg;
+        for (const text of drawn.querySelectorAll('text')) {
+            const style = getComputedStyle(text), ink = light(style.fill);
+            const ratio = Math.max(ink, paper) / Math.min(ink, paper);
+            const size = parseFloat(style.fontSize) * box.width / view.width;
+            if (ratio < 4.5) bad.add(`${text.textContent}: ${ratio.toFixed(2)}:1`);
+            if (size < 8.5) bad.add(`${text.textContent}: ${size.toFixed(1)} px`);
+        }
+    }
+    return [...bad];
+}"""
+# Pictures without a number and a few words of their own.
+BARE = """() => {
+    const own = e => e.closest('.sd-card, .live, .navbar-brand') || e.matches('.panel');
+    const number = /^Figure [\\d.]+\\.? /;
+    const caption = e => e.closest('figure, .cell')
+        ?.querySelector('figcaption, .figure-caption')?.textContent.trim();
+    const every = [...document.querySelectorAll('article :is(img, svg[role="img"])')];
+    return every.filter(e => !own(e) && !number.test(caption(e) ?? '')).map(
+        e => (e.getAttribute('aria-label') ?? e.alt ?? '').slice(0, 80));
 }"""
 BRIGHTNESS = """() => {
     const box = document.querySelector('.bd-main') ?? document.body;
@@ -169,9 +211,10 @@ def test_page(visit, path):
 
     broken = visit.open(path)
     bad += [f"does not load: {src}" for src in broken]
-    bad += [f"no alt text: {src}" for src in page.evaluate(NO_ALT)]
+    bad += [f"no alt text, or a key in it: {src}" for src in page.evaluate(NO_ALT)]
     bad += [f"mathematics not set: {text}" for text in page.evaluate(UNSET)]
-    bad += [f"light: {v}" for v in visit.axe()]
+    bad += [f"no number or caption: {alt}" for alt in page.evaluate(BARE)]
+    bad += [f"light: {v}" for v in [*page.evaluate(WORDS), *visit.axe()]]
 
     page.emulate_media(color_scheme="dark")
     if page.query_selector(".bd-main"):
@@ -179,12 +222,13 @@ def test_page(visit, path):
         ground, ink = page.evaluate(BRIGHTNESS)
         if ground > 0.2 or ink < 0.6:
             bad.append(f"dark mode is not dark: ground {ground:.2f}, text {ink:.2f}")
-        bad += [f"dark: {v}" for v in visit.axe(CONTRAST)]
+        bad += [f"dark: {v}" for v in [*page.evaluate(WORDS), *visit.axe(CONTRAST)]]
 
     for width in PHONES:
         page.set_viewport_size({"width": width, "height": 844})
         if over := page.evaluate(SIDEWAYS):
             bad.append(f"scrolls sideways at {width}: {over}")
+        bad += [f"at {width}: {v}" for v in page.evaluate(WORDS)]
     page.emulate_media(color_scheme="light")
     with contextlib.suppress(TimeoutError):  # axe names what is never made so
         page.wait_for_function(REACHABLE, timeout=5000)

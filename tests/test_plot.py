@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from experiments import pictures
 from peftlab.kit import plot
 
 ROOT = Path(__file__).parents[1]
@@ -117,3 +118,24 @@ def test_one_legend_names_each_curve_once_and_hides_none():
     bottom = legend.get_window_extent().y0
     assert all(bottom >= ax.get_window_extent().y1 for ax in panels)
     plot.plt.close("all")
+
+
+NAME = re.compile(r"\b[pm][0-9a-f]{10}\b")  # matplotlib's, made of what it draws
+NUMBER = re.compile(r"-?\d+\.?\d*")
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_a_stored_picture_is_what_the_stored_results_give(name, monkeypatch):
+    drawn, draw = {}, pictures.PICTURES[name]
+
+    def keep(figure, file):
+        drawn[file] = svg(figure)
+
+    monkeypatch.setitem(draw.__globals__, "save_picture", keep)
+    draw()
+    stored = (ROOT / "book/_static" / f"{name}.svg").read_text("utf8")
+    fresh, kept = (NAME.sub("", t) for t in (drawn[f"{name}.svg"], stored))
+    again = f"run python -m experiments.pictures {name}"
+    assert NUMBER.sub("", fresh).split() == NUMBER.sub("", kept).split(), again
+    numbers = zip(NUMBER.findall(fresh), NUMBER.findall(kept), strict=True)
+    assert all(abs(float(a) - float(b)) < 0.2 for a, b in numbers), again

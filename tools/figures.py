@@ -7,6 +7,7 @@ file: `<!-- atlas:rank90 -->`. A figure taken from a paper says so, `<!-- cited 
 and so does a setting or a definition, `90%<!-- given -->`.
 """
 
+import io
 import re
 
 from peftlab.kit import results
@@ -55,9 +56,13 @@ def refresh_pages():
 
 
 def save_picture(figure, name):
-    """Write a matplotlib figure as a picture of the book, the same bytes each time."""
-    path = results.FOLDER.parent / "_static" / name
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    """Write a matplotlib figure as a picture of the book, an SVG with text as text.
+
+    The same bytes each time, without a date, and no space at the end of a line."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    text = "".join(line.rstrip() + "\n" for line in file.getvalue().splitlines())
+    (results.FOLDER.parent / "_static" / name).write_text(text, "utf8")
 
 
 def stale(text, chapter=None):

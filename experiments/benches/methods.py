@@ -189,22 +189,22 @@ def spread(values, tolerance):
     return dict(value=middle, tolerance=tolerance, highest=max(values), **ends)
 
 
-def draw(figures):
+def draw():
     """One dot for each method and width: time and memory, ours over peft's."""
+    figures = results.load("bench_methods")["figures"]
     names = [n for n, (_, config) in METHODS.items() if config is not None][::-1]
-    titles = dict(seconds="step time, ours / peft's", peak="peak memory, ours / peft's")
-    axes = plot.axes("ratio", "", columns=2, figsize=(6.4, 4.4), sharey=True)
-    for ax, key in zip(axes, titles, strict=True):
-        for i, (width, color) in enumerate(
-            zip(WIDTHS, ("LoRA", "full", "peft"), strict=True)
-        ):
+    titles = dict(seconds="time of a step", peak="peak memory")
+    panels = plot.axes("ours / peft's", rows=2, figsize=(plot.WIDE, 5.6))
+    looks = ((plot.GREEN, "o"), (plot.BLUE, "s"), (plot.PURPLE, "^"))
+    for ax, (key, title) in zip(panels, titles.items(), strict=True):
+        for i, (width, (color, mark)) in enumerate(zip(WIDTHS, looks, strict=True)):
             x = [figures[f"{n}.{key}.{width}.peft"]["value"] for n in names]
             y = [j + 0.22 * (1 - i) for j in range(len(names))]
-            ax.plot(x, y, "o", color=plot.COLORS[color], label=f"width {width}")
+            ax.plot(x, y, mark, ms=4.5, color=color, label=f"width {width}")
         ax.axvline(1, color=plot.INK, lw=1)
-        ax.set(title=titles[key], yticks=range(len(names)), yticklabels=names)
-    axes[0].legend(loc="lower left", fontsize=9)
-    save_picture(axes[0].figure, "bench.png")
+        ax.set(title=title, yticks=range(len(names)), yticklabels=names)
+    plot.legend(panels)
+    save_picture(panels[0].figure, "bench.svg")
 
 
 def main():
@@ -230,7 +230,7 @@ def main():
             figures=figures,
         ),
     )
-    draw(figures)
+    draw()
     refresh_pages()
     for key, f in figures.items():
         ends = f" ({f['lowest']:.3f} to {f['highest']:.3f})" if "lowest" in f else ""

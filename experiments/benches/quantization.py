@@ -59,7 +59,7 @@ ROWS = [  # of the picture: its name, what the figures are called, of which type
     ("to int8, by rows", "quantize int8 by rows, {}", ("float16",)),
     ("unpack, memory new", "dequantize, {}, new", BOTH),
     ("compiled", "dequantize compiled, {}, new", BOTH),
-    ("unpack, memory kept", "dequantize, {}, kept", BOTH),
+    ("unpack, memory reused", "dequantize, {}, kept", BOTH),
     ("compiled", "dequantize compiled, {}, kept", BOTH),
     ("NF4Linear", "NF4Linear forward, {}", BOTH),
     ("both ways", "NF4Linear both ways, {}", BOTH),
@@ -67,7 +67,6 @@ ROWS = [  # of the picture: its name, what the figures are called, of which type
     ("QLoRA step", "QLoRA step, 1024, {}", BOTH),
     ("Adam8bit step", "Adam8bit step", ("float32",)),
 ]
-SHOWN = {"AVX512": "with AVX512 and bfloat16", "AVX2": "AVX2 only"}
 
 
 def weight(dtype=torch.float32, rows=SIDE, columns=SIDE):
@@ -254,27 +253,28 @@ def derive(repeats):
 
 
 def draw():
-    """One dot for each case and type, a panel for each processor."""
-    axes = plot.axes("seconds, ours / theirs", "", 2, figsize=(7, 4.6), sharey=True)
-    colors = dict(float32="LoRA", bfloat16="full", float16="peft")
-    for ax, (vectors, title) in zip(axes, SHOWN.items(), strict=True):
+    """A mark for each case, type and processor."""
+    ax = plot.axes("seconds, ours / theirs", figsize=(plot.WIDE, 5.0))
+    colors = dict(AVX512=plot.BLUE, AVX2=plot.GREEN)
+    marks = dict(float32="o", bfloat16="s", float16="^")
+    for (vectors, color), up in zip(colors.items(), (-0.16, 0.16), strict=True):
         figures = results.load(f"bench_quantization_{vectors.lower()}")["figures"]
-        for kind, color in colors.items():
+        for kind, mark in marks.items():
             dots = {
-                y: figures[name.format(kind)]["value"]
+                y + up: figures[name.format(kind)]["value"]
                 for y, (_, name, kinds) in enumerate(ROWS)
                 if kind in kinds and name.format(kind) in figures
             }
-            color = plot.COLORS[color]
-            ax.plot([*dots.values()], [*dots], "o", color=color, label=kind)
-        ax.axvline(1, color=plot.INK, lw=1)
-        ax.set(title=title, xscale="log", xlim=(0.2, 8), yticks=range(len(ROWS)))
-        ax.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
-        ax.minorticks_off()
-    axes[0].set_yticklabels([label for label, _, _ in ROWS])
-    axes[0].invert_yaxis()
-    axes[0].legend(loc="upper right", fontsize=9)
-    save_picture(axes[0].figure, "packing.png")
+            label = f"{vectors}, {kind}"
+            ax.plot([*dots.values()], [*dots], mark, ms=5, color=color, label=label)
+    ax.axvline(1, color=plot.INK, lw=1)
+    ax.set(xscale="log", xlim=(0.2, 8), yticks=range(len(ROWS)))
+    ax.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
+    ax.minorticks_off()
+    ax.set_yticklabels([label for label, _, _ in ROWS])
+    ax.invert_yaxis()
+    plot.legend(ax, ncols=2)
+    save_picture(ax.figure, "packing.svg")
 
 
 def main():

@@ -97,24 +97,24 @@ def draw():
     """The start page's figure: what is learnt against what is retained, by
     learning rate."""
     finnish = results.load("finnish")
-    ax = plot.axes(
-        "learnt: Finnish dates (exact match)", "kept: base dates (exact match)"
-    )
+    ax = plot.axes("learned: Finnish dates (exact match)", "retained: base dates")
     for method in ("full", "LoRA r=8"):
         rates = sorted({r["lr"] for r in finnish["runs"] if r["method"] == method})
         rows = [where(finnish["runs"], method=method, lr=lr) for lr in rates]
         points = [(mean(shares(r, "learned")), mean(shares(r, "base"))) for r in rows]
         top = max(range(len(points)), key=lambda i: points[i][0])
         x, y = zip(*points[: top + 1], strict=True)  # beyond the best rate both fall
-        color = plot.COLORS[method.removesuffix(" r=8")]
+        name = method.removesuffix(" r=8")
+        look = dict(color=plot.COLORS[name])
         label = "full fine-tuning" if method == "full" else method
-        ax.plot(x, y, "o-", color=color, label=f"{label}, by learning rate")
+        ax.plot(x, y, plot.MARKERS[name] + "-", label=label, **look)
         replay = where(finnish["changes"], method=method, replay=0.25)
         at = mean(shares(replay, "learned")), mean(shares(replay, "base"))
-        ax.plot(*at, "*", ms=14, color=color, label=f"{label}, a quarter of replay")
+        ax.plot(*at, "*", ms=14, **look)
+    ax.plot([], [], "*", ms=11, color=plot.INK, label="a quarter of replay")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.05))
-    ax.legend(loc="lower left", fontsize=9)
-    save_picture(ax.figure, "learn_forget.png")
+    plot.legend(ax)
+    save_picture(ax.figure, "learn_forget.svg")
 
 
 def main():

@@ -27,7 +27,7 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import base_models, data, measure, plot
+from peftlab.kit import base_models, data, measure, plot, results
 from peftlab.kit.results import share, shares, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
@@ -159,22 +159,29 @@ def derive(runs, frozen):
     return figures
 
 
-def draw(runs):
-    """What each method learns and what it keeps, a dot a seed, the best on top."""
+def draw():
+    """What each method learns and what it retains, a mark a seed, the best on top."""
+    runs = results.load("families")["runs"]
     names = {r["method"]: r["trainable"] for r in runs if r["method"] in METHODS}
     mean = {n: sum(shares(where(runs, method=n), "learned")) for n in names}
     order = sorted(names, key=mean.get)
-    titles = dict(learned="learnt: Finnish dates", base="kept: base dates")
-    axes = plot.axes("exact match", "", columns=2, figsize=(6.4, 4.8), sharey=True)
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+    ax = plot.axes("exact match", figsize=(plot.WIDE, 5.4))
+    looks = {
+        "learned": (plot.ORANGE, "o", 0.17, "learned: Finnish dates"),
+        "base": (plot.BLUE, "D", -0.17, "retained: base dates"),
+    }
+    for key, (color, mark, up, label) in looks.items():
         for y, name in enumerate(order):
             x = shares(where(runs, method=name), key)
-            color = plot.COLORS["full" if name == "full" else "LoRA"]
-            ax.plot(x, [y] * len(x), "o", ms=4, alpha=0.6, color=color)
-            ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color)
-        ax.set(title=title, xlim=(-0.03, 1.03), yticks=range(len(order)))
-        ax.set_yticklabels([f"{name}  {names[name]:,}" for name in order])
-    save_picture(axes[0].figure, "families.png")
+            dark = name == "full" and key == "learned"
+            look = dict(color=plot.DARK if dark else color)
+            ax.plot(x, [y + up] * len(x), mark, ms=3.5, alpha=0.6, **look)
+            ax.plot(sum(x) / len(x), y + up, "|", ms=10, mew=2, **look)
+        ax.plot([], [], mark, color=color, label=label)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)))
+    ax.set_yticklabels([f"{name}  {names[name]:,}" for name in order])
+    plot.legend(ax)
+    save_picture(ax.figure, "families.svg")
 
 
 def main():
@@ -194,7 +201,7 @@ def main():
     more = dict(best=best, rates=tried, frozen=frozen, setting=setting)
     figures = derive(runs, frozen)
     store("families", runs, figures=figures, **more)
-    draw(runs)
+    draw()
     refresh_pages()
     for name in names:
         found = {k: figures[f"{name}.{k}"]["value"] for k in ("learned", "low", "high")}

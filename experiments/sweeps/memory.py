@@ -196,9 +196,11 @@ def derive(rows, models):
     return figures
 
 
-def draw(models):
+def draw():
     """A bar for each size and method, of its parts, with the cards as lines."""
-    ax = plot.axes("GB of a step, four sequences of 512 tokens", figsize=(6.4, 3.6))
+    models = results.load("memory")["models"]
+    label = "GB of a step, four sequences of 512 tokens"
+    ax = plot.axes(label, figsize=(plot.WIDE, 3.7))
     bars = {
         f"{NAMES[method]} {config.rpartition('-')[2].upper()}": found
         for config in LARGE
@@ -206,7 +208,8 @@ def draw(models):
         if (found := models[f"{config}.{method}.4"])["total"] < WIDEST
     }
     left = torch.zeros(len(bars))
-    for part, color in zip(PARTS[:-1], plot.COLORS.values(), strict=False):
+    colors = (plot.GREY, plot.ORANGE, plot.PURPLE, plot.BLUE)
+    for part, color in zip(PARTS[:-1], colors, strict=True):
         width = torch.tensor([found[part] / 1e9 for found in bars.values()])
         ax.barh([*bars], width, 0.62, left, label=part, color=color)
         left += width
@@ -214,11 +217,11 @@ def draw(models):
         x = memory.CARDS[card] * GIB / 1e9
         ax.axvline(x, color=plot.INK, linestyle=":", linewidth=1.2)
         name = card.partition(" (")[0]
-        ax.text(x, -0.75, name, rotation=40, ha="left", va="bottom", fontsize=9)
+        ax.text(x, -0.75, name, rotation=35, ha="left", va="bottom", fontsize=9.5)
     ax.set(xlim=(0, WIDEST / 1e9), ylim=(len(bars) - 0.4, -0.6))
     ax.grid(False)
-    ax.legend(loc="center right", fontsize=9)
-    save_picture(ax.figure, "memory.png")
+    plot.legend(ax)
+    save_picture(ax.figure, "memory.svg")
 
 
 def main():
@@ -230,7 +233,7 @@ def main():
         "memory",
         dict(machine=measure.machine(), cells=rows, models=models, figures=figures),
     )
-    draw(big)
+    draw()
     refresh_pages()
     for row in rows:
         predicted, real = row["predicted"]["total"] / 1e6, row["measured"] / 1e6

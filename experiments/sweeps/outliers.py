@@ -17,7 +17,7 @@ import torch
 from experiments.common import BASES, records, store, sweep
 from peftlab import nf4, qlora, surgery
 from peftlab.int8 import Int8Linear
-from peftlab.kit import base_models, measure, outliers, plot
+from peftlab.kit import base_models, measure, outliers, plot, results
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
@@ -230,46 +230,54 @@ def blocks(seed):
     return (block[:, channel % 64] == block.amax(1)).double().mean().item()
 
 
-def draw_runs(runs):
-    """The dates that each run reads, a dot a seed and a bar for the mean."""
+def draw_runs():
+    """The dates that each run parses, a mark a seed and a bar for the mean."""
+    runs = results.load("outliers")["runs"]
     names = {"plain": "as it is", "naive": "naive int8", "threshold": "LLM.int8()"}
     rows = dict.fromkeys((r["inserted"], r["method"]) for r in runs)
     rows = [row for row in rows if row[0] in ("outliers", "shrunken")]
     rows = sorted((r for r in rows if r[1] != "emptied"), key=lambda r: r[0])
-    ax = plot.axes("exact match: base dates", figsize=(6.4, 3.6))
+    ax = plot.axes("exact match: base dates", figsize=(plot.WIDE, 3.4))
     for y, (name, method) in enumerate(rows):
         x = [share(r["dates"]) for r in where(runs, inserted=name, method=method)]
-        color = plot.COLORS["LoRA" if name == "outliers" else "full"]
-        ax.plot(x, [y] * len(x), "o", ms=4, alpha=0.6, color=color, clip_on=False)
-        ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, color=color, clip_on=False)
+        color, mark = ((plot.BLUE, "o"), (plot.PURPLE, "D"))[name == "shrunken"]
+        look = dict(color=color, clip_on=False)
+        ax.plot(x, [y] * len(x), mark, ms=4, alpha=0.6, **look)
+        ax.plot(sum(x) / len(x), y, "|", ms=14, mew=2, **look)
     labels = [f"{name}: {names.get(method, method)}" for name, method in rows]
     ax.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
     ax.set_yticklabels(labels)
-    save_picture(ax.figure, "outliers_inserted.png")
+    save_picture(ax.figure, "outliers_inserted.svg")
 
 
-def draw(linears, figures):
+def draw():
     """Each linear's kurtosis against what NF4 does to its weights and its output."""
-    colors = {"MiniLM": "peft", "tiny-decoder": "LoRA", "inserted": "full"}
+    stored = results.load("outliers")
+    looks = {
+        "MiniLM": (plot.BLUE, "o"),
+        "tiny-decoder": (plot.GREY, "s"),
+        "inserted": (plot.PURPLE, "^"),
+    }
     titles = dict(weights="error of the weights", output="error of the output")
     label = "excess kurtosis (normal: 0)"
-    axes = plot.axes(label, "", columns=2, figsize=(6.6, 3.8), sharey=True)
-    for ax, (key, title) in zip(axes, titles.items(), strict=True):
-        for (name, color), mark in zip(colors.items(), "os^", strict=True):
-            mine = [r for r in linears if r["model"] == name]
+    size = (plot.WIDE, 5.4)
+    panels = plot.axes(label, "RMS error, relative", rows=2, figsize=size)
+    for ax, (key, title) in zip(panels, titles.items(), strict=True):
+        for name, (color, mark) in looks.items():
+            mine = [r for r in stored["linears"] if r["model"] == name]
             x, y = ([r[k] for r in mine] for k in ("kurtosis", key))
             label = "outliers inserted" if name == "inserted" else name
-            options = dict(alpha=0.7, label=label, color=plot.COLORS[color])
-            ax.plot(x, y, mark, ms=4.5, **options)
-        ax.axhline(figures["normal.weights"]["value"], color=plot.INK, lw=1)
+            ax.plot(x, y, mark, ms=4.5, alpha=0.7, label=label, color=color)
+        normal = stored["figures"]["normal.weights"]["value"]
+        ax.axhline(normal, color=plot.INK, lw=1)
         ax.set(title=title, xscale="symlog", xlim=(-0.3, 3e3), yscale="log")
         ax.set_yticks(
             [0.02, 0.05, 0.1, 0.2, 0.4], ["0.02", "0.05", "0.1", "0.2", "0.4"]
         )
+        ax.set_ylim(0.011, 0.6)
         ax.minorticks_off()
-    axes[0].set_ylabel("RMS error of NF4, relative")
-    axes[0].legend(fontsize=9)
-    save_picture(axes[0].figure, "outliers.png")
+    plot.legend(panels)
+    save_picture(panels[0].figure, "outliers.svg")
 
 
 def jobs():
@@ -304,8 +312,8 @@ def main():
     cases = {name: dict(s=s, channels=n) for name, (s, n) in CASES.items()}
     setting = dict(steps=STEPS, batch=BATCH, r=RANK, cases=cases)
     store("outliers", runs, setting=setting, **more)
-    draw(linears, figures)
-    draw_runs(runs)
+    draw()
+    draw_runs()
     refresh_pages()
     for key, figure in figures.items():
         if key.endswith((".dates", ".refuse")) or " over" in key or ".over" in key:

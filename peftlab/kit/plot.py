@@ -16,6 +16,8 @@ Two panels that share an x axis are easier to read one above the other, and they
 phone: `plot.axes(..., rows=2)`. Panels side by side (`columns=2`) stand one below the
 other on a phone, in the book."""
 
+import math
+
 import matplotlib
 import matplotlib.pyplot as plt
 from IPython import get_ipython
@@ -150,9 +152,11 @@ def legend(ax, ncols=None, title=None):
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    if ncols is None:  # a letter is some 0.085 inch wide, a handle with its gap 0.6
-        longest = 0.6 + 0.085 * max(map(len, named))
-        ncols = max(1, min(len(named), int(figure.get_figwidth() / longest)))
+    if ncols is None:  # inches: a handle with its gaps 0.55, a letter 0.088
+        wide = [0.55 + 0.088 * len(label) for label in named]
+        fit = min(WIDE, figure.get_figwidth()) / max(wide)
+        rows = 1 if sum(wide) < WIDE else math.ceil(len(named) / max(1, int(fit)))
+        ncols = math.ceil(len(named) / rows)
     return figure.legend(
         named.values(),
         named.keys(),

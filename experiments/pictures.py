@@ -1,0 +1,26 @@
+"""The book's static pictures, drawn from what is stored; nothing is measured again.
+
+    python -m experiments.pictures               # all
+    python -m experiments.pictures learn_forget  # one
+"""
+
+import sys
+
+from experiments.benches import methods, quantization
+from experiments.sweeps import atlas, families, memory, outliers, qlora
+
+PICTURES = {  # each writes book/_static/NAME.svg
+    "bench": methods.draw,
+    "codes": qlora.draw,
+    "families": families.draw,
+    "learn_forget": atlas.draw,
+    "memory": memory.draw,
+    "outliers": outliers.draw,
+    "outliers_inserted": outliers.draw_runs,
+    "packing": quantization.draw,
+    "quantiles": qlora.draw_quantiles,
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name]()
