@@ -1,24 +1,37 @@
 """The exercises: their metadata, their checks, and the sheets made from them.
 
-A check is held to this: the chapter's own solution passes it, standing on nothing but
-the cells tagged `exercise-setup`; the empty stub and every published wrong answer fail
-it, each wrong answer with the message that names its mistake. At the end the same rules
-are shown to notice a check that was emptied, on a notebook made up for the purpose.
+A check must do this: pass the chapter's own solution, standing on nothing but the cells
+tagged `exercise-setup`, and every published variant of it, whatever the state of the
+random generators; reject the empty stub and every published wrong answer, each with the
+message that names its mistake; and mind no function of the learner's, whatever its
+name. At the end the same rules are shown to notice a check that was emptied, on a
+notebook made up for the purpose.
+
+The set-up of a chapter runs once. Each answer is judged in a copy of the process
+(os.fork), so that nothing which it changes is seen by the next.
+
+    python -m pytest -q tests/test_exercises.py -k 02-3
 """
 
 import ast
-import copy
 import json
 import linecache
+import os
+import pickle
+import random
 import re
+import signal
 import sys
 import traceback
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +46,19 @@ ALL = [(c, e) for c, book in BOOKS.items() for e in exercises.exercises(book)]
 AUTO = [(c, e) for c, e in ALL if e.get("grading") == "auto"]
 WRONG = {chapter: exercises.wrong_answers(ROOT, chapter) for chapter in BOOKS}
 CASES = [(c, w) for c, every in WRONG.items() for w in every]
+RIGHT = {chapter: exercises.right_answers(ROOT, chapter) for chapter in BOOKS}
+VARIANTS = [(c, r) for c, every in RIGHT.items() for r in every]
+SEEDS = 25  # with which a right answer must pass
+WRONG_SEEDS = 3  # with which a wrong answer must be rejected
+SECONDS = 300  # for one answer, with all its seeds
+# What learners call their own helpers.
+HELPERS = """answer batch best case cases change check compare count delta draw error
+    expected forward g generator got helper inputs keep kept loss make merged message
+    named ok out output predict reference result rng row rows same sample saved score
+    seed seeds share shape size t test total truth value values want wanted""".split()
 LEVELS = {"run", "explain", "build", "investigate"}
 FACTS = "title objective level minutes points grading heading".split()
-KNOWN = {"id", *FACTS, "rubric", "needs", "solution", "check"}
+KNOWN = {"id", *FACTS, "rubric", "needs", "solution", "check", "stub"}
 FOLD = dict(code_prompt_show="Show solution", code_prompt_hide="Hide solution")
 MARKER = re.compile(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS)")
 
@@ -49,13 +72,14 @@ each_auto = each("chapter, exercise", AUTO, lambda c, e: e.get("id", c))
 each_wrong = each(
     "chapter, wrong", CASES, lambda c, w: f"{w['exercise']} {w['mistake']}"
 )
+each_right = each(
+    "chapter, right", VARIANTS, lambda c, r: f"{r['exercise']} {r['what']}"
+)
 each_chapter = pytest.mark.parametrize("chapter", BOOKS)
 
 
 @pytest.fixture(autouse=True)
 def one_thread_in_a_folder_of_its_own(monkeypatch, tmp_path):
-    import torch
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -73,31 +97,95 @@ def execute(code, space, name):
     exec(compile(code, name, "exec"), space)
 
 
-def ground(book, exercise):
-    """A fresh namespace: the setup cells, and the solutions that the exercise needs."""
-    space = {"__name__": "__main__"}
-    for i, cell in enumerate(exercises.setup_cells(book)):
-        execute(exercises.source(cell), space, f"<exercise-setup {i}>")
-    for other in exercises.exercises(book):
-        if other["id"] in exercise.get("needs", ()):
-            execute(exercises.source(other["solution"]), space, f"<{other['id']}>")
-    return space
+GROUNDS = {}
 
 
-def judge(book, exercise, answer):
-    """Run the check on an answer in the solution's place: its exception or None."""
-    space = ground(book, exercise)
-    execute(answer, space, "<answer>")
+def ground(book):
+    """The names that the setup cells of a notebook leave; they run once for all."""
+    if id(book) not in GROUNDS:
+        space = {"__name__": "__main__"}
+        for i, cell in enumerate(exercises.setup_cells(book)):
+            execute(exercises.source(cell), space, f"<exercise-setup {i}>")
+        GROUNDS[id(book)] = book, space
+    return GROUNDS[id(book)][1]
+
+
+class Failure(NamedTuple):
+    """What became of an answer that its check did not accept."""
+
+    kind: str
+    said: str
+    own_words: bool
+
+    def __repr__(self):
+        return f"{self.kind}: {self.said}"
+
+
+def judge(book, exercise, answer, seeds=1, before_check=None):
+    """Run the check on an answer in the solution's place: a Failure or None, a seed.
+
+    before_check: a function of the namespace, called between the answer and its check.
+    """
+    check = exercises.source(exercise["check"])
+    space = ground(book)
+
+    def outcomes():
+        needed = [
+            other
+            for other in exercises.exercises(book)
+            if other["id"] in exercise.get("needs", ())
+        ]
+        found = []
+        for seed in range(seeds):
+            random.seed(seed), torch.manual_seed(seed), np.random.seed(seed)
+            own = dict(space)
+            for other in needed:
+                execute(exercises.source(other["solution"]), own, f"<{other['id']}>")
+            found.append(outcome(answer, check, own, before_check))
+        return found
+
+    return apart(outcomes)
+
+
+def outcome(answer, check, space, before_check):
     try:
-        execute(exercises.source(exercise["check"]), space, "<check>")
+        execute(answer, space, "<answer>")
     except Exception as error:
-        return error
+        return Failure(type(error).__name__, f"before the check: {error}", False)
+    if before_check:
+        before_check(space)
+    try:
+        execute(check, space, "<check>")
+    except Exception as error:
+        own_words = in_the_checks_own_words(error, check)
+        return Failure(type(error).__name__, str(error).strip(), own_words)
 
 
-def stub(exercise):
-    """The solution's cell as the student gets it."""
-    book = nbformat.v4.new_notebook(cells=[copy.deepcopy(exercise["solution"])])
-    return student.prepared(book, ["ClearSolutions"]).cells[0].source
+def apart(function):
+    """What a function returns, from a copy of this process that ends with it.
+
+    Where a copy is not safe (beside a GPU, or not on Linux) it runs right here."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return function()
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(SECONDS)
+        try:
+            result = pickle.dumps((function(), None))
+        except BaseException:
+            result = pickle.dumps((None, traceback.format_exc()))
+        with open(sender, "wb") as stream:
+            stream.write(result)
+        os._exit(0)
+    os.close(sender)
+    with open(receiver, "rb") as stream:
+        result = stream.read()
+    os.waitpid(child, 0)
+    assert result, f"it died, or took more than {SECONDS} seconds"
+    value, trouble = pickle.loads(result)
+    assert trouble is None, trouble
+    return value
 
 
 def defined(code):
@@ -121,40 +209,69 @@ def in_the_checks_own_words(error, check):
 # ---- what must hold of an exercise
 
 
+def assert_check_accepts(book, exercise, answer, what="the chapter's own solution"):
+    for seed, failure in enumerate(judge(book, exercise, answer, SEEDS)):
+        assert failure is None, (
+            f"{exercise['id']}: {what} fails its check with seed {seed}, standing on "
+            f"the exercise-setup cells alone: {failure!r}"
+        )
+
+
 def assert_check_accepts_the_solution(book, exercise):
-    error = judge(book, exercise, exercises.source(exercise["solution"]))
-    assert error is None, (
-        f"{exercise['id']}: the chapter's own solution fails its check, standing on "
-        f"the exercise-setup cells alone: {error!r}"
-    )
+    assert_check_accepts(book, exercise, exercises.source(exercise["solution"]))
 
 
 def assert_check_rejects_the_stub(book, exercise):
-    assert judge(book, exercise, stub(exercise)) is not None, (
-        f"{exercise['id']}: the check accepts the empty stub"
+    stub = student.stub(exercise["solution"])
+    (failure,) = judge(book, exercise, stub)
+    assert failure, f"{exercise['id']}: the check accepts the empty stub"
+
+
+def assert_check_minds_no_helper(book, exercise):
+    """The learner has functions of these names; the solution uses none of them."""
+    solution = exercises.source(exercise["solution"])
+    used = {n.id for n in ast.walk(ast.parse(solution)) if isinstance(n, ast.Name)}
+    names = set(HELPERS) - used - defined(solution)
+
+    def learners_own(*arguments, **options):
+        raise TypeError("a function of the learner's was called")
+
+    def define(space):
+        space.update(dict.fromkeys(names, learners_own))
+
+    (failure,) = judge(book, exercise, solution, before_check=define)
+    assert not failure, (
+        f"{exercise['id']}: the check breaks if the learner has helpers named like "
+        f"count, got or check: {failure!r}"
     )
 
 
 def assert_check_rejects(book, exercise, wrong):
     name, check = wrong["mistake"], exercises.source(exercise["check"])
-    missing = defined(stub(exercise)) - defined(wrong["code"])
+    missing = defined(student.stub(exercise["solution"])) - defined(wrong["code"])
     assert not missing, f"{name}: the wrong answer does not define {missing}"
     assert not re.search(wrong["message"], ""), f"{name}: its pattern matches anything"
-    error = judge(book, exercise, wrong["code"])
-    assert error is not None, f"{exercise['id']}: the check accepts: {name}"
-    assert in_the_checks_own_words(error, check), (
-        f"{name}: the check breaks down instead of saying what is wrong: {error!r}"
-    )
-    said, words = str(error).strip(), wrong["message"]
-    says = f"{name}: the check says {said!r}"
+    for failure in judge(book, exercise, wrong["code"], WRONG_SEEDS):
+        assert failure, f"{exercise['id']}: the check accepts: {name}"
+        assert failure.own_words, (
+            f"{name}: the check breaks down instead of saying what is wrong: "
+            f"{failure!r}"
+        )
+        assert_message(failure.said, wrong, check)
+
+
+def assert_message(said, wrong, check):
+    words, says = wrong["message"], f"{wrong['mistake']}: the check says {said!r}"
     assert re.search(words, said), f"{says}, which {words!r} does not match"
     assert len(said) >= 20 and len(said.split()) >= 4, f"{says}, not a sentence"
     shown = exercises.message(check, words)
     assert shown is not None, (
-        f"{says}: {words!r} must match words that stand in an assert of the check"
+        f"{says}, but {words!r} matches no text of the check as it is written, where …"
+        " stands for a value"
     )
-    assert re.fullmatch(re.escape(shown).replace("…", ".*"), said, re.DOTALL), (
-        f"{says}, but the instructor's page shows the first message that {words!r}"
+    pattern = re.escape(shown).replace("…", ".*")
+    assert re.search(pattern, said, re.DOTALL), (
+        f"{says}, but the instructor's page shows the first text that {words!r}"
         f" matches, {shown!r}: make it match only one"
     )
 
@@ -171,11 +288,33 @@ def test_a_check_passes_the_solution_and_rejects_the_stub(chapter, exercise):
             )
 
 
+@each_auto
+def test_a_check_minds_no_helper_of_the_learners(chapter, exercise):
+    assert_check_minds_no_helper(BOOKS[chapter], exercise)
+
+
+def automatic(chapter, answer):
+    every = {e["id"]: e for c, e in AUTO if c == chapter}
+    name = answer["exercise"]
+    assert name in every, f"{chapter} checks no {name}"
+    return every[name]
+
+
+@each_right
+def test_another_right_answer_passes(chapter, right):
+    exercise = automatic(chapter, right)
+    assert_check_accepts(BOOKS[chapter], exercise, right["code"], right["what"])
+
+
 @each_wrong
 def test_a_wrong_answer_is_rejected_by_name(chapter, wrong):
-    every = {e["id"]: e for c, e in AUTO if c == chapter}
-    assert wrong["exercise"] in every, f"{chapter} checks no {wrong['exercise']}"
-    assert_check_rejects(BOOKS[chapter], every[wrong["exercise"]], wrong)
+    assert_check_rejects(BOOKS[chapter], automatic(chapter, wrong), wrong)
+
+
+@each_chapter
+def test_a_chapter_has_answers_enough(chapter):
+    assert len(WRONG[chapter]) >= 22, "at least 22 wrong answers a chapter"
+    assert len(RIGHT[chapter]) >= 7, "at least 7 right answers beside the chapter's own"
 
 
 # ---- metadata
@@ -234,14 +373,17 @@ def test_a_chapter_has_exercises_and_no_cell_of_nbgraders_is_astray(chapter):
             assert not MARKER.search(cell.source), "a marker outside nbgrader's cells"
 
 
-def test_ids_are_unique_and_wrong_answers_belong_to_chapters():
+def test_ids_are_unique_and_answers_belong_to_chapters():
     assert not [i for i, n in Counter(e["id"] for _, e in ALL).items() if n > 1]
-    assert len(CASES) >= 12
-    published = {p.stem for p in (ROOT / exercises.WRONG_ANSWERS).glob("*.yml")}
-    assert published <= BOOKS.keys(), "wrong answers that belong to no chapter"
+    for folder in (exercises.WRONG_ANSWERS, exercises.RIGHT_ANSWERS):
+        published = {p.stem for p in (ROOT / folder).glob("*.yml")}
+        assert published <= BOOKS.keys(), f"{folder}: answers that belong to no chapter"
     for _, wrong in CASES:
         assert set(wrong) == {"exercise", "mistake", "code", "message"}
         assert all(text.strip() for text in wrong.values())
+    for _, right in VARIANTS:
+        assert set(right) == {"exercise", "what", "code"}
+        assert all(text.strip() for text in right.values())
 
 
 # ---- the sheets
@@ -268,7 +410,10 @@ def assert_the_sheets_are_sound(book, wrong):
     text = nbformat.writes(sheet)
     sources = "\n".join(cell.source for cell in sheet.cells)
     lines = Counter(line.strip() for line in sources.splitlines())
-    parts = [split(cell) for cell in book.cells]
+    dropped = [c for c in book.cells if out_of_sight(c)]
+    parts = [split(cell) for cell in book.cells if not out_of_sight(cell)]
+    names = {cell.id for cell in sheet.cells}
+    assert names == {c.id for c in book.cells} - {c.id for c in dropped}
     seen = Counter(line for part in parts for line in part[0])
     for line in {line for part in parts for line in part[1]}:
         assert lines[line] <= seen[line], f"the student sees {line!r}"
@@ -279,7 +424,7 @@ def assert_the_sheets_are_sound(book, wrong):
     assert not [p for p in points if p in text], "the student sees the rubric"
     for cell in sheet.cells:
         assert not set(cell.metadata.get("tags", ())) & student.FOLDS
-        assert "mystnb" not in cell.metadata
+        assert not {"mystnb", "cellView"} & cell.metadata.keys(), "nothing is folded"
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
 
@@ -295,15 +440,18 @@ def assert_the_sheets_are_sound(book, wrong):
         for text in (points, *exercise.get("rubric", ()), *answers):
             assert text in note
 
-    space = ground(book, {})
-    for cell in sheet.cells:
-        role = exercises.role(cell)
-        if role == "solution":
-            execute(cell.source, space, f"<{exercises.grade_id(cell)}>")
-        elif role == "check":
-            with pytest.raises((AssertionError, NotImplementedError)):
-                execute(cell.source, space, "<check>")
-            return
+    for exercise in exercises.exercises(sheet):
+        if exercise["check"]:
+            (failure,) = judge(book, exercise, exercise["solution"].source)
+            assert failure, f"{exercise['id']}: the student's check accepts the stub"
+            assert failure.kind in student.STUDENT_FAULTS, failure
+
+
+def out_of_sight(cell):
+    """Whether no sheet for a student has the cell."""
+    return any(
+        exercises.tagged(cell, tag) for tag in (exercises.STUB, exercises.BOOK_CHECK)
+    )
 
 
 @each_chapter
@@ -384,14 +532,21 @@ def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
 
     output = v4.new_output("stream", text="a stored output\n")
     exercise = dict(peftlab=dict(exercise=one), mystnb=FOLD, tags=["hide-input"])
+    answer = graded(v4.new_code_cell(solution), "99-1", False, True, **exercise)
+    stub = student.stub(answer) if "### END" in solution else "pass"
     why = "99-2", True, True
     cells = [
         v4.new_markdown_cell("# 99. Made up\n\n[file](../peftlab/lora.py)"),
         tagged("if False:\n    %pip install nothing", "nbval-skip"),
-        tagged("%config Application.verbose_crash = True\nONE = 1.0", "exercise-setup"),
+        tagged(
+            "%config Application.verbose_crash = True\nONE, count = 1.0, float",
+            "exercise-setup",
+        ),
         v4.new_code_cell(before, execution_count=3, outputs=[output]),
+        tagged("assert made, 'for the book alone'", "book-check"),
         v4.new_markdown_cell("## Exercises\n\n### Exercise 99-1 · The factor"),
-        graded(v4.new_code_cell(solution), "99-1", False, True, **exercise),
+        tagged(stub, "exercise-stub"),
+        answer,
         graded(v4.new_code_cell(check), "99-1-check", True, False),
         v4.new_markdown_cell("### Exercise 99-2 · Why"),
         graded(v4.new_markdown_cell(ANSWER), *why, peftlab=dict(exercise=two)),
@@ -404,6 +559,7 @@ def made_up(solution=SOLUTION, check=CHECK, before="made = ONE"):
 def assert_all(book):
     exercise = exercises.exercises(book)[0]
     assert_check_accepts_the_solution(book, exercise)
+    assert_check_minds_no_helper(book, exercise)
     assert_check_rejects_the_stub(book, exercise)
     for wrong in MISTAKES:
         assert_check_rejects(book, exercise, wrong)
@@ -417,6 +573,14 @@ def test_rules_hold_for_a_sound_exercise():
     for secret in ("the_secret_factor", "0.25", "learning rate", "a stored output"):
         assert secret not in text
     assert "raise NotImplementedError()" in text and "YOUR ANSWER HERE" in text
+
+
+def test_what_an_answer_changes_is_gone_with_it():
+    book = made_up(solution=SOLUTION.replace("alpha / r", "ONE.append(r) or alpha / r"))
+    book.cells[2].source = "ONE = [1.0]"
+    exercise = exercises.exercises(book)[0]
+    assert judge(book, exercise, exercises.source(exercise["solution"])) != [None]
+    assert ground(book)["ONE"] == [1.0]
 
 
 LONG = "alpha is not divided by r: the factor is alpha/r"
@@ -433,6 +597,14 @@ BROKEN = {
     "without messages": (re.sub(r", f?\".*", "", CHECK), "does not match"),
     "a word for a message": (CHECK.replace(LONG, "not divided by r"), "not a sentence"),
     "breaking down": (BREAKS, "breaks down"),
+    "using a name of the learner's": (
+        CHECK.replace("scale(8, 8)", "count(scale(8, 8))"),
+        "helpers named like",
+    ),
+    "right by luck": (
+        "import random\nassert random.random() > 0.2, 'one draw in five is unlucky'",
+        "with seed",
+    ),
 }
 
 
@@ -500,7 +672,7 @@ RUNS = {  # what is changed, the sheet that is run, whether it is good, and word
     "the instructor's": ({}, 1, True, "passes"),
     "a wrong solution": (
         *(dict(solution=SOLUTION.replace("alpha / r", "alpha")), 1, False),
-        "FAILS at cell 6, 99-1-check",
+        "FAILS at cell 8, 99-1-check",
     ),
 }
 
