@@ -1,4 +1,6 @@
-"""For nbval: a time limit for each cell, no comparison of SVG, a table of times."""
+"""For nbval: a time limit for each cell, no comparison of SVG, a table of times.
+
+And a table of the screens that each chapter's page takes (tests/test_browser.py)."""
 
 from collections import Counter
 
@@ -25,8 +27,9 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = sum(terminalreporter.stats.values(), [])
     seconds = Counter()
-    for report in sum(terminalreporter.stats.values(), []):
+    for report in reports:
         name = getattr(report, "nodeid", "").split("::")[0]
         if name.endswith(".ipynb"):
             seconds[name] += report.duration
@@ -35,3 +38,14 @@ def pytest_terminal_summary(terminalreporter):
         for name in sorted(seconds):
             terminalreporter.write_line(f"{seconds[name]:7.1f}  {name}")
         terminalreporter.write_line(f"{seconds.total():7.1f}  together")
+
+    screens = {
+        value
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == "screens"
+    }
+    if screens:
+        terminalreporter.section("screens of 1280 x 900, folds closed")
+        for line in sorted(screens):
+            terminalreporter.write_line(line)

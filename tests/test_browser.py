@@ -281,3 +281,42 @@ def test_a_solution_is_folded_until_asked_for(visit):
     assert not fold.locator("pre").first.is_visible()
     fold.locator("summary").click()
     assert fold.locator("pre").first.is_visible()
+
+
+# How much of it there is: a reader sees the result first, and comes to an end
+
+CHAPTERS = [path for path in PAGES if path.parent.name == "notebooks"]
+MOST_SCREENS, FIRST_RESULT = 12, 2
+# The page's height, and where the output of the first result ends; folds stay closed.
+HEIGHTS = """async () => {
+    await (window.MathJax?.startup?.promise ?? null);
+    await document.fonts.ready;
+    for (const img of document.images) {
+        img.loading = 'eager';
+        try { await img.decode(); } catch { }
+    }
+    const results = [...document.querySelectorAll('.cell.tag_first-result')].map(
+        cell => cell.querySelector('.cell_output') ?? cell);
+    return {
+        whole: document.documentElement.scrollHeight,
+        results: results.map(r => r.getBoundingClientRect().bottom + window.scrollY),
+    };
+}"""
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_is_short_and_its_first_result_stands_at_the_top(
+    visit, path, record_property
+):
+    visit.page.emulate_media(color_scheme="light")
+    visit.page.set_viewport_size(DESKTOP)
+    visit.page.goto(path.as_uri(), wait_until="load")
+    heights = visit.page.evaluate(HEIGHTS)
+    screens = heights["whole"] / DESKTOP["height"]
+    results = [bottom / DESKTOP["height"] for bottom in heights["results"]]
+    where = ", ".join(f"{place:.1f}" for place in results) or "nowhere"
+    line = f"{screens:5.1f} screens, first result ends at {where:8} {path.stem}"
+    record_property("screens", line)
+    assert len(results) == 1, "one cell, and only one, has the tag first-result"
+    assert results[0] <= FIRST_RESULT, line
+    assert screens <= MOST_SCREENS, line
