@@ -37,7 +37,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing peftlab and its tools (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
-		-c constraints.txt -e '.[notebooks,book,test,instructor]'
+		-c constraints.txt -e '.[notebooks,book,test,instructor,medical]'
 	@touch $@
 
 book: $(BOOK)  ## build the HTML book into _build/html

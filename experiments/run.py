@@ -16,6 +16,7 @@ SWEEPS = (
     "outliers",
     "qlora",
     "memory",
+    "icd",
 )
 
 

@@ -227,9 +227,11 @@ def test_a_chapter_links_to_itself_on_colab(chapter):
 @each_chapter
 def test_a_chapter_installs_this_repository_on_colab(chapter):
     code = [c for c in notebook(chapter)["cells"] if c["cell_type"] == "code"]
+    medical = any("icd.diagnoses" in source(c) for c in code)
+    extras = "notebooks,medical" if medical else "notebooks"
     wanted = (
         'import sys\n\nif "google.colab" in sys.modules:\n'
-        f'    %pip install -q "peftlab[notebooks] @ git+{REPOSITORY}"'
+        f'    %pip install -q "peftlab[{extras}] @ git+{REPOSITORY}"'
     )
     squeezed = source(code[0]).replace("\n\n", "\n").strip()
     assert squeezed == wanted.replace("\n\n", "\n")

@@ -41,6 +41,7 @@ MINILM_FILES = {  # and their SHA-256; the rest of BERT's settings are the defau
     ),
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
+MINILM_SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 MINILM_SHAPE = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 SECONDS = 5  # for the hub to say that it is there
 
@@ -94,15 +95,7 @@ def load_minilm(device=None):
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet("huggingface_hub"):
-        folder = _minilm_in_cache() or _minilm_in_package() or _minilm_from_hub()
-        for name, expected in MINILM_FILES.items():
-            with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                raise ValueError(
-                    f"{folder / name} is not MiniLM's as published: its SHA-256 is"
-                    f" {found}, expected {expected}"
-                )
+        folder = _minilm(MINILM_FILES)
         shape = BertConfig(**MINILM_SHAPE)
         tokenizer = BertTokenizer(
             vocab=str(folder / "vocab.txt"),
@@ -114,24 +107,54 @@ def load_minilm(device=None):
     return model.to(device).eval(), tokenizer
 
 
-def _minilm_in_cache():
+def minilm_folder():
+    """The folder with MiniLM's files, as transformers' `from_pretrained` takes it.
+
+    They come from where `load_minilm` has them; weights and vocabulary are checked.
+
+    Returns:
+        A `Path`.
+
+    Raises:
+        ValueError: as `load_minilm`.
+    """
+    with _quiet("huggingface_hub"):
+        return _minilm([*MINILM_FILES, *MINILM_SETTINGS])
+
+
+def _minilm(files):
+    """The folder that has these files, with MiniLM's published weights."""
+    folder = _minilm_in_cache(files) or _minilm_in_package(files)
+    folder = folder or _minilm_from_hub(files)
+    for name, expected in MINILM_FILES.items():
+        with open(folder / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"{folder / name} is not MiniLM's as published: its SHA-256 is"
+                f" {found}, expected {expected}"
+            )
+    return folder
+
+
+def _minilm_in_cache(files=tuple(MINILM_FILES)):
     """The folder in the hub's cache, or None unless all files are there."""
-    cached = [hub.try_to_load_from_cache(filename=f, **MINILM) for f in MINILM_FILES]
+    cached = [hub.try_to_load_from_cache(filename=f, **MINILM) for f in files]
     # what the hub was once asked for in vain is cached as an object, not as a path
     return Path(cached[0]).parent if all(isinstance(c, str) for c in cached) else None
 
 
-def _minilm_in_package():
+def _minilm_in_package(files=tuple(MINILM_FILES)):
     """The folder of the installed package, which is not imported, or None."""
     try:
         package = importlib.metadata.distribution(MINILM_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return None
     folder = Path(package.locate_file(MINILM_PACKAGE.replace("-", "_"))) / "model"
-    return folder if all((folder / f).is_file() for f in MINILM_FILES) else None
+    return folder if all((folder / f).is_file() for f in files) else None
 
 
-def _minilm_from_hub():
+def _minilm_from_hub(names=tuple(MINILM_FILES)):
     """The folder in the cache after a download."""
     try:
         # The hub's own client tries six times before it gives up: ask once, shortly.
@@ -139,7 +162,7 @@ def _minilm_from_hub():
         answer = hub.get_session().head(url, timeout=SECONDS)
         if answer.status_code >= 400:
             raise OSError(f"the hub answers {answer.status_code}")
-        files = [hub.hf_hub_download(filename=f, **MINILM) for f in MINILM_FILES]
+        files = [hub.hf_hub_download(filename=f, **MINILM) for f in names]
     except Exception as error:  # the client's own errors have no common class
         raise ValueError(
             "MiniLM is neither in the hub's cache nor installed, and the hub cannot be"

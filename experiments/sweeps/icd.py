@@ -1,0 +1,350 @@
+"""MiniLM names the chapter of a diagnosis: the head alone, LoRA, everything.
+
+150 steps of 32 phrases, five seeds. Every row has a learning rate for the body and one
+for the head, found on development phrases: from a start the search moves to the best
+of the four neighbours (three times more or less) until none is better, first with two
+seeds, then with five. So every best has a neighbour on each side with as many seeds.
+Then all test phrases, right or wrong one by one, at the best rates and at the best rate
+that body and head share.
+
+The head alone sees the frozen encoder's output, computed once and without dropout:
+MiniLM's pooled output, which transformers' classifier uses, or the mean over tokens,
+which sentence-transformers uses.
+
+Each run is stored as it ends, in _build/icd; started again, the sweep goes on where it
+stopped. Some 50 minutes on one free core."""
+
+import copy
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
+from transformers import logging as transformers_logging
+
+from experiments.common import store
+from peftlab.kit import base_models, icd
+
+STEPS, BATCH, WARMUP = 150, 32, 15
+SEEDS = range(5)
+RATES = [float(f"{m}e{i}") for i in range(-6, 1) for m in (1, 3)]  # 1e-6, 3e-6, ...
+START = {"LoRA": (3e-3, 1e-2), "everything": (1e-4, 1e-2)}
+SHARED = {"LoRA": 3e-3, "everything": 3e-4}  # one rate for body and head: its start
+HEADS = {"head alone": "pooled", "head on the mean": "mean"}
+SCRATCH = Path(__file__).parents[2] / "_build" / "icd"
+
+
+def main():
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    task = Task()
+
+    best = {}
+    for row in HEADS:
+        best[row] = search(task, row, (None, 1e-1), len(SEEDS))
+    for seeds in (2, len(SEEDS)):
+        for row, start in START.items():
+            best[row] = search(task, row, best.get(row, start), seeds)
+    write(task, best)
+    for row, rate in SHARED.items():
+        point = search(task, row, (rate, rate), len(SEEDS), shared=True)
+        best[f"{row}, one rate"] = point
+    write(task, best)
+
+
+def search(task, row, point, seeds, shared=False):
+    """The pair of rates (body, head) none of whose neighbours is better on dev."""
+
+    def score(point):
+        runs = [task.run(row, *point, seed) for seed in range(seeds)]
+        return sum(run["dev"] for run in runs) / seeds
+
+    while True:
+        best = max([point, *neighbours(point, shared)], key=score)
+        print(f"{row}, {seeds} seeds: {best} has {score(best):.4f}", flush=True)
+        if best == point:
+            return point
+        point = best
+
+
+def neighbours(point, shared=False):
+    """One step of the grid down and up, in each rate alone or in both at once."""
+    body, head = point
+
+    def step(rate, by):
+        return RATES[RATES.index(rate) + by]
+
+    if shared:
+        return [(step(body, by), step(head, by)) for by in (-1, 1)]
+    found = [(body, step(head, by)) for by in (-1, 1)]
+    if body is not None:
+        found += [(step(body, by), head) for by in (-1, 1)]
+    return found
+
+
+def write(task, best):
+    """Store every run, and test those at the best rates."""
+    tested = {}
+    for name, (body, head) in best.items():
+        row = name.removesuffix(", one rate")
+        tested[name] = [task.test(row, body, head, seed) for seed in SEEDS]
+    runs = [json.loads(file.read_text()) for file in sorted(SCRATCH.glob("*.json"))]
+    store(
+        "icd",
+        runs,
+        best={name: dict(body=b, head=h) for name, (b, h) in best.items()},
+        figures=figures(tested, [chapter for _, chapter in task.test_set]),
+        steps=STEPS,
+        batch=BATCH,
+        dev_phrases=len(task.dev),
+        test_phrases=[chapter for _, chapter in task.test_set],
+    )
+
+
+def figures(tested, chapters):
+    """What the chapter quotes: shares of the test phrases, and differences by seed.
+
+    "all" counts every phrase alike, "even" every chapter of ICD-10-CM."""
+    found, even = {}, {}
+    for name, runs in tested.items():
+        bits = torch.tensor([[c == "1" for c in run["test"]] for run in runs]).double()
+        columns = [[i for i, c in enumerate(chapters) if c == k] for k in {*chapters}]
+        by_chapter = torch.stack([bits[:, own].mean(1) for own in columns], dim=1)
+        even[name] = by_chapter.mean(1)
+        found[f"{name}.all"] = bits.mean()
+        found[f"{name}.even"] = even[name].mean()
+        found[f"{name}.even.least"] = even[name].min()
+        found[f"{name}.even.most"] = even[name].max()
+        found[f"{name}.trained"] = runs[0]["trained"]
+        if "change" in runs[0]:
+            changes = [statistics.mean(run["change"].values()) for run in runs]
+            found[f"{name}.change"] = statistics.mean(changes)
+    for a, b in itertools.combinations(tested, 2):
+        found |= {
+            f"{a} - {b}.{part}": value
+            for part, value in paired_interval(even[a] - even[b]).items()
+        }
+    found["test phrases"] = len(chapters)
+    return {key: dict(value=float(value), tolerance=0) for key, value in found.items()}
+
+
+def paired_interval(differences):
+    """Mean of five paired differences, and its 95% interval by Student's t."""
+    mean, wide = differences.mean(), 2.776 * differences.std() / len(differences) ** 0.5
+    return dict(mean=mean, low=mean - wide, high=mean + wide)
+
+
+class Task:
+    """The phrases, the encoder, and the runs that there are."""
+
+    def __init__(self):
+        self.encoder, self.tokenizer = base_models.load_minilm(device="cpu")
+        self.dev = icd.diagnoses("dev", 40)
+        self.test_set = icd.diagnoses("test")
+        self.features = {}
+
+    def run(self, row, body, head, seed):
+        """One run's figures, from the scratch folder or made now."""
+        name = f"{row}-{body}-{head}-{seed}".replace(" ", "_")
+        file = SCRATCH / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+
+        begun = time.perf_counter()
+        found = dict(row=row, body=body, head=head, seed=seed)
+        if row in HEADS:
+            model = self.train_head(HEADS[row], head, seed)
+            dev = self.predict_head(model, HEADS[row], self.dev)
+            trained = model.state_dict()
+        else:
+            model = self.train(row, body, head, seed)
+            dev = self.predict(model, self.dev)
+            found["change"] = relative_change(model, self.encoder)
+            needs = {n for n, p in model.named_parameters() if p.requires_grad}
+            trained = {n: t for n, t in model.state_dict().items() if n in needs}
+        right = [a == c for a, (_, c) in zip(dev, self.dev, strict=True)]
+        found["dev"] = sum(right) / len(right)
+        found["trained"] = sum(t.numel() for t in trained.values())
+        found["seconds"] = round(time.perf_counter() - begun, 1)
+        torch.save(trained, file.with_suffix(".pt"))
+        file.write_text(json.dumps(found))
+        shown = {k: v for k, v in found.items() if k != "change"}
+        print(time.strftime("%H:%M:%S"), shown, flush=True)
+        return found
+
+    def test(self, row, body, head, seed):
+        """Add to a run which test phrases it gets right, as a string of 0 and 1."""
+        found = self.run(row, body, head, seed)
+        if "test" in found:
+            return found
+        name = f"{row}-{body}-{head}-{seed}".replace(" ", "_")
+        trained = torch.load(SCRATCH / f"{name}.pt")
+        if row in HEADS:
+            model = torch.nn.Linear(self.encoder.config.hidden_size, len(icd.CHAPTERS))
+            model.load_state_dict(trained)
+            given = self.predict_head(model, HEADS[row], self.test_set)
+        else:
+            model = self.fresh(row, seed)
+            model.load_state_dict(trained, strict=False)
+            given = self.predict(model, self.test_set)
+        bits = ["01"[a == c] for a, (_, c) in zip(given, self.test_set, strict=True)]
+        found["test"] = "".join(bits)
+        (SCRATCH / f"{name}.json").write_text(json.dumps(found))
+        print(f"{name}: {bits.count('1') / len(bits):.4f} of the test phrases")
+        return found
+
+    def fresh(self, row, seed):
+        """The classifier before training."""
+        config = copy.deepcopy(self.encoder.config)
+        config.num_labels = len(icd.CHAPTERS)
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config)
+        model.bert.load_state_dict(self.encoder.state_dict())
+        if row == "everything":
+            return model
+        lora = LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"
+        )
+        return get_peft_model(model, lora)
+
+    def train(self, row, body, head, seed):
+        """Trainer, with a learning rate for the body and one for the head."""
+        model = self.fresh(row, seed)
+        groups = {body: [], head: []}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                groups[head if "classifier" in name else body].append(weight)
+        optimizer = torch.optim.AdamW(
+            [dict(params=weights, lr=rate) for rate, weights in groups.items()],
+            weight_decay=0.0,
+        )
+        pairs = icd.diagnoses("train", self.per_chapter(), seed)
+        tokens = self.tokenizer([text for text, _ in pairs])["input_ids"]
+        examples = [
+            dict(input_ids=ids, labels=chapter)
+            for ids, (_, chapter) in zip(tokens, pairs, strict=True)
+        ]
+        settings = TrainingArguments(
+            str(SCRATCH / "trainer"),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            train_sampling_strategy="group_by_length",
+            warmup_steps=WARMUP,
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model,
+            settings,
+            train_dataset=examples,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+        return model
+
+    def train_head(self, kind, rate, seed):
+        """The same steps and schedule for a linear layer on the frozen encoder."""
+        pairs = icd.diagnoses("train", self.per_chapter(), seed)
+        inputs = self.feature(kind, [text for text, _ in pairs])
+        labels = torch.tensor([chapter for _, chapter in pairs])
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(inputs.shape[1], len(icd.CHAPTERS))
+        torch.nn.init.normal_(model.weight, std=self.encoder.config.initializer_range)
+        torch.nn.init.zeros_(model.bias)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        order = torch.randperm(len(pairs))
+        for step in range(STEPS):
+            rise, fall = (step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP)
+            optimizer.param_groups[0]["lr"] = rate * min(rise, fall)
+            batch = order[step * BATCH : (step + 1) * BATCH]
+            dropped = torch.dropout(inputs[batch], 0.1, True)
+            loss = torch.nn.functional.cross_entropy(model(dropped), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return model
+
+    def per_chapter(self):
+        """How many phrases of each chapter make one pass of the training."""
+        return -(-STEPS * BATCH // len(icd.CHAPTERS))
+
+    @torch.no_grad()
+    def predict(self, model, pairs):
+        """The likeliest chapter of each phrase."""
+        model.eval()
+        logits = self.batched([t for t, _ in pairs], lambda b: model(**b).logits)
+        return logits.argmax(-1).tolist()
+
+    @torch.no_grad()
+    def predict_head(self, model, kind, pairs):
+        """The same with a linear layer on the frozen encoder."""
+        return model(self.feature(kind, [t for t, _ in pairs])).argmax(-1).tolist()
+
+    @torch.no_grad()
+    def feature(self, kind, texts):
+        """The frozen encoder's output for each text, (texts, width), computed once."""
+
+        def both(batch):
+            out = self.encoder(**batch)
+            mask = batch["attention_mask"].unsqueeze(-1)
+            mean = (out.last_hidden_state * mask).sum(1) / mask.sum(1)
+            return torch.stack([out.pooler_output, mean], dim=1)
+
+        missing = [text for text in texts if text not in self.features]
+        if missing:
+            self.features |= zip(missing, self.batched(missing, both), strict=True)
+        index = ("pooled", "mean").index(kind)
+        return torch.stack([self.features[text][index] for text in texts])
+
+    def batched(self, texts, compute):
+        """compute(batch) for all texts, those of one length together."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = [None] * len(texts)
+        for start in range(0, len(order), 64):
+            chosen = order[start : start + 64]
+            batch = self.tokenizer(
+                [texts[i] for i in chosen], padding=True, return_tensors="pt"
+            )
+            for i, row in zip(chosen, compute(batch), strict=True):
+                found[i] = row
+        return torch.stack(found)
+
+
+@torch.no_grad()
+def relative_change(model, encoder):
+    """||dW||/||W|| of each linear layer in the encoder's blocks."""
+    before = dict(encoder.named_modules())
+    found = {}
+    for name, layer in model.named_modules():
+        path = name.rpartition("bert.")[2]
+        if not path.startswith("encoder.") or path not in before:
+            continue
+        if not isinstance(before[path], torch.nn.Linear):
+            continue
+        weight = before[path].weight
+        if hasattr(layer, "get_delta_weight"):
+            change = layer.get_delta_weight("default")
+        else:
+            change = layer.weight - weight
+        found[path] = round((change.norm() / weight.norm()).item(), 5)
+    return found
+
+
+if __name__ == "__main__":
+    main()
