@@ -39,7 +39,7 @@ SETTLE = """async () => {
     }
     return broken;
 }"""
-NO_ALT = """() => [...document.querySelectorAll('img, svg[role="img"]')]
+NO_ALT = """() => [...document.querySelectorAll('img, article svg[role="img"]')]
     .map(i => [i, (i.alt ?? i.getAttribute('aria-label') ?? '').trim()])
     .filter(([i, alt]) => !i.ariaHidden && (!alt || alt.includes('<!--')))
     .map(([i, alt]) => alt || i.outerHTML.slice(0, 80))"""
