@@ -20,7 +20,7 @@ FOLDER = _CHECKOUT if _CHECKOUT.is_dir() else _PACKAGE / "results"
 
 
 def load(name, folder=None):
-    """What is stored under a name, e.g. "03_learning_and_forgetting" or "sweep", as a dict.
+    """What is stored under a name, e.g. "02_lora" or "sweep", as a dict.
 
     Raises ValueError, with the names that exist, for an unknown one."""
     path = Path(folder or FOLDER) / f"{name}.json"
