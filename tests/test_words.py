@@ -274,7 +274,9 @@ def test_no_private_word_is_in_a_file(path):
     assert not bad, "\n".join([f"{name(path)}:", *bad])
 
 
-OTHER_RATES = r"(?:success|error|pass|sampling|dropout|hit|frame|at any|rank and|alpha,) rate"
+OTHER_RATES = (
+    r"(?:success|error|pass|sampling|dropout|hit|frame|at any|rank and|alpha,) rate"
+)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=name)
