@@ -1,6 +1,7 @@
 """The figures: what the prose says, what is stored, what a fresh run gives."""
 
 import json
+import sys
 from pathlib import Path
 
 import nbformat
@@ -8,6 +9,9 @@ import pytest
 
 from peftlab.kit import measure, results
 from tools import figures
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_ext"))
+import bookfix  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -93,6 +97,15 @@ def test_a_wrong_figure_is_found(monkeypatch):
     wrong += "0.04<!-- drop -->"
     assert len(figures.stale(wrong, "x")) == 4
     assert figures.refresh(wrong, "x").replace("-0.04", "−0.04") == right
+
+
+def test_a_comment_in_an_alt_text_leaves_the_page():
+    words = "falls to 0.9{} in 100 steps"
+    page = '<img alt="{0}" src="a.png"><svg aria-label="{0}"></svg><p>{0}</p>'
+    comment, plain = words.format("&lt;!-- loss --&gt;"), words.format("")
+    context = dict(body=page.format(comment))
+    bookfix.plain_labels(None, "page", "page.html", context, None)
+    assert context["body"] == page.format(plain).replace(f"<p>{plain}", f"<p>{comment}")
 
 
 def test_an_unbound_figure_is_found():
