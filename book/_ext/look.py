@@ -4,7 +4,6 @@
   is its caption: it moves into the cell, between the figure and "Show code".
 - An exercise (its heading, stub, hint, solution and check) is one frame; the check
   folds, and the cells say which they are.
-- An alt text's figures are bound to stored results as prose is; the keys go.
 - Every page gets a description for search engines: its first paragraph.
 - The theme's arrows and folds get names that a screen reader can say.
 """
@@ -16,7 +15,6 @@ from docutils import nodes
 from exercises import role
 
 CAPTION = re.compile(r"Figure [\d.]+\.$")
-BINDING = re.compile(r"<!--.*?-->")
 EXERCISE = re.compile(r"Exercise \d+-\d+ · ")
 
 
@@ -43,11 +41,7 @@ def mark_exercises(app, doctree):
 
 
 def move_captions(app, doctree, docname):
-    """Put each figure's caption into the cell that draws it, and take the keys of
-    stored results, which no reader hears, out of the alt texts."""
-    for image in doctree.findall(nodes.image):
-        if "alt" in image:
-            image["alt"] = BINDING.sub("", image["alt"])
+    """Put each figure's caption into the cell that draws it."""
     for paragraph in list(doctree.findall(nodes.paragraph)):
         first = next((c for c in paragraph.children if c.astext().strip()), None)
         if not (isinstance(first, nodes.strong) and CAPTION.match(first.astext())):
