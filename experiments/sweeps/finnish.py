@@ -22,7 +22,7 @@ RATES = {
     "LoRA r=1": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "LoRA r=8": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
-GENTLE = {"full": (3e-5, 1e-4, 3e-4), "LoRA r=8": (3e-4, 1e-3, 3e-3)}
+GENTLE = {"full": (1e-4, 3e-4), "LoRA r=8": (1e-3, 3e-3)}
 SEEDS = range(5)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
