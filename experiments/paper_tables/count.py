@@ -98,13 +98,24 @@ def line(row, values, notes):
 
 
 def table(group, rows):
-    """A group's section: title, introduction, table, notes."""
+    """A group's section: title, introduction, and folded the table with its notes."""
     notes = list(dict.fromkeys(row.note for row in group.rows if row.note))
     lines = ["| setting | paper says | ours | note |", "|---|---|---|---|"]
     lines += [line(row, values, notes) for row, values in rows]
-    parts = [f"## {group.title}", wrapped(group.text), "\n".join(lines)]
     items = [wrapped(NOTES[n], f"{i}. ") for i, n in enumerate(notes, 1)]
-    return "\n\n".join([*parts, "\n".join(items)]).rstrip()
+    fold = "\n\n".join(["\n".join(lines), "\n".join(items)]).rstrip()
+    fold = f":::{{dropdown}} {summary(rows)}\n{fold}\n:::"
+    return "\n\n".join([f"## {group.title}", wrapped(group.text), fold])
+
+
+def summary(rows):
+    """What a fold says of its table: "16 rows: 4 cut off, 2 differ"."""
+    words = [{*judge(row, values).values()} for row, values in rows]
+    cut = sum("cut off" in found and "differs" not in found for found in words)
+    differ = sum("differs" in found for found in words)
+    parts = [f"{cut} cut off"] * bool(cut)
+    parts += [f"{differ} {'differs' if differ == 1 else 'differ'}"] * bool(differ)
+    return f"{len(rows)} rows: {', '.join(parts) or 'all fit'}"
 
 
 def wrapped(text, start=""):
