@@ -120,8 +120,17 @@ def messages(check):
 
 
 def message(check, pattern):
-    """The first message of a check that a wrong answer's pattern matches, or None."""
-    return next((m for m in messages(check) if re.search(pattern, m)), None)
+    """The first text of a check that a wrong answer's pattern matches, or None.
+
+    If the pattern names a value that the text puts in, it is the text found in it."""
+    texts = messages(check)
+    literal = (text for text in texts if re.search(pattern, text))
+    filled = (
+        text
+        for text in texts
+        if "…" in text and re.search(re.escape(text).replace("…", ".+"), pattern)
+    )
+    return next(literal, next(filled, None))
 
 
 def plural(count, word):
