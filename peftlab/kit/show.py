@@ -1,6 +1,8 @@
 """Tables that a notebook shows: rows, and answers before and after."""
 
-from IPython.display import Markdown, display
+from html import escape
+
+from IPython.display import display
 
 
 def table(header, rows):
@@ -14,13 +16,21 @@ def table(header, rows):
         ValueError: a row has more or fewer entries than the header has names.
     """
     names = [name.strip() for name in header.split("|")]
-    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    cells = [[str(cell) for cell in row] for row in rows]
     for row in cells:
         if len(row) != len(names):
             raise ValueError(f"the header has {len(names)} columns, a row {len(row)}")
 
-    every = [names, ["---"] * len(names), *cells]
-    display(Markdown("\n".join(f"| {' | '.join(row)} |" for row in every)))
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
+    page = f"<tr>{head}</tr></thead>\n<tbody>\n<tr>" + "</tr>\n<tr>".join(body)
+    page = f'<table class="table">\n<thead>\n{page}</tr>\n</tbody>\n</table>'
+    widths = [max(map(len, column)) for column in zip(names, *cells)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in [names, *cells]
+    ]
+    display({"text/html": page, "text/plain": "\n".join(lines)}, raw=True)
 
 
 def compare(title, texts, right, **answers):
