@@ -1,20 +1,19 @@
 """MiniLM names the chapter of a diagnosis: the head alone, LoRA, everything.
 
-150 steps of 32 phrases, five seeds. Every row has a learning rate for the body and one
-for the head, found on development phrases: from a start the search moves to the best
-of the four neighbours (three times more or less) until none is better, first with two
+100 steps of 32 phrases, five seeds. Every row has a learning rate for the body and one
+for the head, found on development phrases: from a start the search moves to the best of
+the four neighbours (three times more or less) until none is better, first with two
 seeds, then with five. So every best has a neighbour on each side with as many seeds.
-Then all test phrases, right or wrong one by one, at the best rates and at the best rate
-that body and head share.
+Then all test phrases, right or wrong one by one, at the best rates, and for LoRA also
+at the best rate that body and head share.
 
-The head alone sees the frozen encoder's output, computed once and without dropout:
-MiniLM's pooled output, which transformers' classifier uses, or the mean over tokens,
-which sentence-transformers uses.
+The head alone sees the frozen encoder's output, computed once and without dropout: the
+mean over tokens, as all rows do, and the pooled first token, which transformers' own
+classifier takes.
 
 Each run is stored as it ends, in _build/icd; started again, the sweep goes on where it
-stopped. Some 50 minutes on one free core."""
+stopped. An hour on one free core."""
 
-import copy
 import itertools
 import json
 import statistics
@@ -24,7 +23,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    BertForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -34,12 +32,18 @@ from transformers import logging as transformers_logging
 from experiments.common import store
 from peftlab.kit import base_models, icd
 
-STEPS, BATCH, WARMUP = 150, 32, 15
-SEEDS = range(5)
+STEPS, BATCH, WARMUP = 100, 32, 10
+PER_CHAPTER = STEPS * BATCH // len(icd.CHAPTERS)  # phrases, for one pass
+STAGES = (2, 5)  # seeds
+T95 = {2: 12.706, 5: 2.776}  # Student's t: 95% of differences over so many seeds
 RATES = [float(f"{m}e{i}") for i in range(-6, 1) for m in (1, 3)]  # 1e-6, 3e-6, ...
-START = {"LoRA": (3e-3, 1e-2), "everything": (1e-4, 1e-2)}
-SHARED = {"LoRA": 3e-3, "everything": 3e-4}  # one rate for body and head: its start
-HEADS = {"head alone": "pooled", "head on the mean": "mean"}
+START = {  # learning rates of the body and of the head
+    "head": (None, 1e-2),
+    "head, first token": (None, 1e-1),
+    "LoRA": (1e-3, 1e-2),
+    "everything": (1e-4, 1e-2),
+    "LoRA, one rate": (3e-3, 3e-3),
+}
 SCRATCH = Path(__file__).parents[2] / "_build" / "icd"
 
 
@@ -47,23 +51,16 @@ def main():
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    task = Task()
-
-    best = {}
-    for row in HEADS:
-        best[row] = search(task, row, (None, 1e-1), len(SEEDS))
-    for seeds in (2, len(SEEDS)):
-        for row, start in START.items():
-            best[row] = search(task, row, best.get(row, start), seeds)
-    write(task, best)
-    for row, rate in SHARED.items():
-        point = search(task, row, (rate, rate), len(SEEDS), shared=True)
-        best[f"{row}, one rate"] = point
-    write(task, best)
+    task, best = Task(), dict(START)
+    for seeds in STAGES:
+        for name in START:
+            best[name] = search(task, name, best[name], seeds)
+        write(task, best, seeds)
 
 
-def search(task, row, point, seeds, shared=False):
+def search(task, name, point, seeds):
     """The pair of rates (body, head) none of whose neighbours is better on dev."""
+    row, _, shared = name.partition(", one")
 
     def score(point):
         runs = [task.run(row, *point, seed) for seed in range(seeds)]
@@ -71,7 +68,7 @@ def search(task, row, point, seeds, shared=False):
 
     while True:
         best = max([point, *neighbours(point, shared)], key=score)
-        print(f"{row}, {seeds} seeds: {best} has {score(best):.4f}", flush=True)
+        print(f"{name}, {seeds} seeds: {best} has {score(best):.4f}", flush=True)
         if best == point:
             return point
         point = best
@@ -92,55 +89,77 @@ def neighbours(point, shared=False):
     return found
 
 
-def write(task, best):
+def write(task, best, seeds):
     """Store every run, and test those at the best rates."""
     tested = {}
     for name, (body, head) in best.items():
-        row = name.removesuffix(", one rate")
-        tested[name] = [task.test(row, body, head, seed) for seed in SEEDS]
+        row = name.partition(", one")[0]
+        tested[name] = [task.test(row, body, head, seed) for seed in range(seeds)]
     runs = [json.loads(file.read_text()) for file in sorted(SCRATCH.glob("*.json"))]
+    chapters = [chapter for _, chapter in task.test_set]
+    even = {name: by_seed(runs, chapters) for name, runs in tested.items()}
     store(
         "icd",
         runs,
         best={name: dict(body=b, head=h) for name, (b, h) in best.items()},
-        figures=figures(tested, [chapter for _, chapter in task.test_set]),
+        by_seed={name: shares.tolist() for name, shares in even.items()},
+        figures=figures(tested, even) | dev_figures(runs),
+        seeds=seeds,
         steps=STEPS,
         batch=BATCH,
         dev_phrases=len(task.dev),
-        test_phrases=[chapter for _, chapter in task.test_set],
+        test_phrases=chapters,
     )
 
 
-def figures(tested, chapters):
+def by_seed(runs, chapters):
+    """For each run its share of right test phrases, each chapter counted alike."""
+    bits = torch.tensor([[c == "1" for c in run["test"]] for run in runs]).double()
+    columns = [[i for i, c in enumerate(chapters) if c == k] for k in {*chapters}]
+    return torch.stack([bits[:, own].mean(1) for own in columns], dim=1).mean(1)
+
+
+def figures(tested, even):
     """What the chapter quotes: shares of the test phrases, and differences by seed.
 
     "all" counts every phrase alike, "even" every chapter of ICD-10-CM."""
-    found, even = {}, {}
+    found = {}
     for name, runs in tested.items():
-        bits = torch.tensor([[c == "1" for c in run["test"]] for run in runs]).double()
-        columns = [[i for i, c in enumerate(chapters) if c == k] for k in {*chapters}]
-        by_chapter = torch.stack([bits[:, own].mean(1) for own in columns], dim=1)
-        even[name] = by_chapter.mean(1)
-        found[f"{name}.all"] = bits.mean()
+        whole = [run["test"].count("1") / len(run["test"]) for run in runs]
+        found[f"{name}.all"] = statistics.mean(whole)
         found[f"{name}.even"] = even[name].mean()
-        found[f"{name}.even.least"] = even[name].min()
-        found[f"{name}.even.most"] = even[name].max()
+        found[f"{name}.least"], found[f"{name}.most"] = even[name].aminmax()
         found[f"{name}.trained"] = runs[0]["trained"]
+        found[f"{name}.head rate"] = runs[0]["head"]
         if "change" in runs[0]:
+            found[f"{name}.body rate"] = runs[0]["body"]
             changes = [statistics.mean(run["change"].values()) for run in runs]
             found[f"{name}.change"] = statistics.mean(changes)
-    for a, b in itertools.combinations(tested, 2):
+    for a, b in itertools.permutations(tested, 2):
         found |= {
             f"{a} - {b}.{part}": value
             for part, value in paired_interval(even[a] - even[b]).items()
         }
-    found["test phrases"] = len(chapters)
+    found["test phrases"] = len(tested["head"][0]["test"])
     return {key: dict(value=float(value), tolerance=0) for key, value in found.items()}
 
 
+def dev_figures(runs):
+    """The share of the development phrases at every pair of rates."""
+    shares = {}
+    for run in runs:
+        key = f"{run['row']}.dev.{run['body']}.{run['head']}"
+        shares.setdefault(key, []).append(run["dev"])
+    return {
+        key: dict(value=statistics.mean(values), tolerance=0)
+        for key, values in shares.items()
+    }
+
+
 def paired_interval(differences):
-    """Mean of five paired differences, and its 95% interval by Student's t."""
-    mean, wide = differences.mean(), 2.776 * differences.std() / len(differences) ** 0.5
+    """Mean of paired differences, and its 95% interval by Student's t."""
+    mean, n = differences.mean(), len(differences)
+    wide = T95[n] * differences.std() / n**0.5
     return dict(mean=mean, low=mean - wide, high=mean + wide)
 
 
@@ -148,6 +167,7 @@ class Task:
     """The phrases, the encoder, and the runs that there are."""
 
     def __init__(self):
+        self.folder = base_models.minilm_folder()
         self.encoder, self.tokenizer = base_models.load_minilm(device="cpu")
         self.dev = icd.diagnoses("dev", 40)
         self.test_set = icd.diagnoses("test")
@@ -155,16 +175,15 @@ class Task:
 
     def run(self, row, body, head, seed):
         """One run's figures, from the scratch folder or made now."""
-        name = f"{row}-{body}-{head}-{seed}".replace(" ", "_")
-        file = SCRATCH / f"{name}.json"
+        file = scratch(row, body, head, seed)
         if file.exists():
             return json.loads(file.read_text())
 
         begun = time.perf_counter()
         found = dict(row=row, body=body, head=head, seed=seed)
-        if row in HEADS:
-            model = self.train_head(HEADS[row], head, seed)
-            dev = self.predict_head(model, HEADS[row], self.dev)
+        if body is None:
+            model = self.train_head(row, head, seed)
+            dev = self.predict_head(model, row, self.dev)
             trained = model.state_dict()
         else:
             model = self.train(row, body, head, seed)
@@ -187,29 +206,29 @@ class Task:
         found = self.run(row, body, head, seed)
         if "test" in found:
             return found
-        name = f"{row}-{body}-{head}-{seed}".replace(" ", "_")
-        trained = torch.load(SCRATCH / f"{name}.pt")
-        if row in HEADS:
+        file = scratch(row, body, head, seed)
+        trained = torch.load(file.with_suffix(".pt"))
+        if body is None:
             model = torch.nn.Linear(self.encoder.config.hidden_size, len(icd.CHAPTERS))
             model.load_state_dict(trained)
-            given = self.predict_head(model, HEADS[row], self.test_set)
+            given = self.predict_head(model, row, self.test_set)
         else:
             model = self.fresh(row, seed)
             model.load_state_dict(trained, strict=False)
             given = self.predict(model, self.test_set)
         bits = ["01"[a == c] for a, (_, c) in zip(given, self.test_set, strict=True)]
         found["test"] = "".join(bits)
-        (SCRATCH / f"{name}.json").write_text(json.dumps(found))
-        print(f"{name}: {bits.count('1') / len(bits):.4f} of the test phrases")
+        file.write_text(json.dumps(found))
+        share = bits.count("1") / len(bits)
+        print(f"{file.stem}: {share:.4f} of the test phrases", flush=True)
         return found
 
     def fresh(self, row, seed):
         """The classifier before training."""
-        config = copy.deepcopy(self.encoder.config)
-        config.num_labels = len(icd.CHAPTERS)
         torch.manual_seed(seed)
-        model = BertForSequenceClassification(config)
-        model.bert.load_state_dict(self.encoder.state_dict())
+        model = icd.MeanClassifier.from_pretrained(
+            self.folder, num_labels=len(icd.CHAPTERS)
+        )
         if row == "everything":
             return model
         lora = LoraConfig(
@@ -228,7 +247,7 @@ class Task:
             [dict(params=weights, lr=rate) for rate, weights in groups.items()],
             weight_decay=0.0,
         )
-        pairs = icd.diagnoses("train", self.per_chapter(), seed)
+        pairs = icd.diagnoses("train", PER_CHAPTER, seed)
         tokens = self.tokenizer([text for text, _ in pairs])["input_ids"]
         examples = [
             dict(input_ids=ids, labels=chapter)
@@ -257,10 +276,10 @@ class Task:
         trainer.train()
         return model
 
-    def train_head(self, kind, rate, seed):
+    def train_head(self, row, rate, seed):
         """The same steps and schedule for a linear layer on the frozen encoder."""
-        pairs = icd.diagnoses("train", self.per_chapter(), seed)
-        inputs = self.feature(kind, [text for text, _ in pairs])
+        pairs = icd.diagnoses("train", PER_CHAPTER, seed)
+        inputs = self.feature(row, [text for text, _ in pairs])
         labels = torch.tensor([chapter for _, chapter in pairs])
         torch.manual_seed(seed)
         model = torch.nn.Linear(inputs.shape[1], len(icd.CHAPTERS))
@@ -268,7 +287,7 @@ class Task:
         torch.nn.init.zeros_(model.bias)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         order = torch.randperm(len(pairs))
-        for step in range(STEPS):
+        for step in range(len(pairs) // BATCH):
             rise, fall = (step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP)
             optimizer.param_groups[0]["lr"] = rate * min(rise, fall)
             batch = order[step * BATCH : (step + 1) * BATCH]
@@ -280,10 +299,6 @@ class Task:
             optimizer.step()
         return model
 
-    def per_chapter(self):
-        """How many phrases of each chapter make one pass of the training."""
-        return -(-STEPS * BATCH // len(icd.CHAPTERS))
-
     @torch.no_grad()
     def predict(self, model, pairs):
         """The likeliest chapter of each phrase."""
@@ -292,24 +307,24 @@ class Task:
         return logits.argmax(-1).tolist()
 
     @torch.no_grad()
-    def predict_head(self, model, kind, pairs):
+    def predict_head(self, model, row, pairs):
         """The same with a linear layer on the frozen encoder."""
-        return model(self.feature(kind, [t for t, _ in pairs])).argmax(-1).tolist()
+        return model(self.feature(row, [t for t, _ in pairs])).argmax(-1).tolist()
 
     @torch.no_grad()
-    def feature(self, kind, texts):
+    def feature(self, row, texts):
         """The frozen encoder's output for each text, (texts, width), computed once."""
 
         def both(batch):
             out = self.encoder(**batch)
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (out.last_hidden_state * mask).sum(1) / mask.sum(1)
-            return torch.stack([out.pooler_output, mean], dim=1)
+            return torch.stack([mean, out.pooler_output], dim=1)
 
         missing = [text for text in texts if text not in self.features]
         if missing:
             self.features |= zip(missing, self.batched(missing, both), strict=True)
-        index = ("pooled", "mean").index(kind)
+        index = int("first token" in row)
         return torch.stack([self.features[text][index] for text in texts])
 
     def batched(self, texts, compute):
@@ -324,6 +339,11 @@ class Task:
             for i, row in zip(chosen, compute(batch), strict=True):
                 found[i] = row
         return torch.stack(found)
+
+
+def scratch(row, body, head, seed):
+    """Where a run is stored as it ends; what it trained lies beside it."""
+    return SCRATCH / f"{row}-{body}-{head}-{seed}.json".replace(" ", "_")
 
 
 @torch.no_grad()

@@ -20,6 +20,10 @@ import zlib
 from collections import Counter
 from xml.etree import ElementTree
 
+from torch.nn.functional import cross_entropy
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+
 PACKAGE = "simple-icd-10-cm"
 LONGEST = 48  # characters of a phrase
 SPLITS = ("test", "dev", "train", "train", "train")  # by a category's checksum
@@ -43,6 +47,21 @@ CHAPTERS = (  # short names, in the order of ICD-10-CM's chapters 1 to 18
     "congenital",
     "symptoms",
 )
+
+
+class MeanClassifier(BertForSequenceClassification):
+    """MiniLM was trained to put a text's meaning into the mean of its tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert.pooler = None  # it would take the first token alone
+
+    def forward(self, input_ids, attention_mask, labels=None, **_):
+        hidden = self.bert(input_ids, attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1)  # (texts, tokens, 1): no padding
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss, logits)
 
 
 def diagnoses(split, per_chapter=None, seed=0):
