@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftlab import lora
-from peftlab.kit import base_models, data, measure, plot, results
+from peftlab.kit import base_models, data, measure, plot, results, show
 from peftlab.kit.train import batches, checkpoint_activations, collate, train
 
 
@@ -247,3 +247,21 @@ records = data.records("dates", "fi", 4)
 train.train(model, tokenizer, records, 1, 1e-4)
 assert len(measure.answered(model, tokenizer, records)) == 4
 """)
+
+
+def test_a_paired_interval_is_students():
+    mean, low, high = measure.paired_interval([3, 4, 6, 7, 5], [2, 2, 3, 3, 0])
+    assert mean == 3 and high - mean == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
+    assert mean - low == pytest.approx(high - mean)
+    with pytest.raises(ValueError, match="2 to 8 pairs, not 1"):
+        measure.paired_interval([1], [2])
+    with pytest.raises(ValueError):
+        measure.paired_interval([1, 2], [2])
+
+
+def test_a_table_shows_every_cell_and_refuses_a_row_that_is_too_short(capsys):
+    show.compare("date", ["<a>", "b"], ["1", "2"], before=["", "2"], after=["1", "3"])
+    text = capsys.readouterr().out
+    assert "&lt;a&gt;" in text and "(nothing) ✗" in text and "2 ✓" in text
+    with pytest.raises(ValueError, match="2 columns, a row 1"):
+        show.table("a | b", [("x",)])

@@ -285,3 +285,28 @@ def interval(a, b, draws=2000, seed=0):
         torch.stack(means), torch.tensor([0.025, 0.975]).double()
     )
     return gap.mean().item(), low.item(), high.item()
+
+
+# Student's t, 97.5%, by the number of pairs.
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+
+
+def paired_interval(a, b):
+    """The mean of a - b over pairs, and its 95% interval by Student's t.
+
+    Args:
+        a, b: a number for each seed, the same seeds in the same order, 2 to 8 of them.
+
+    Returns:
+        (mean, low, high).
+
+    Raises:
+        ValueError: the lists differ in length, or have fewer than 2 or more than 8.
+    """
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    if len(gaps) not in STUDENT_T:
+        raise ValueError(f"paired_interval takes 2 to 8 pairs, not {len(gaps)}")
+
+    mean = statistics.mean(gaps)
+    half = STUDENT_T[len(gaps)] * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return mean, mean - half, mean + half

@@ -1,8 +1,7 @@
 """Tables that a notebook shows: rows, and answers before and after."""
 
-from html import escape
-
 from IPython.display import display
+from tabulate import tabulate
 
 
 def table(header, rows):
@@ -21,16 +20,11 @@ def table(header, rows):
         if len(row) != len(names):
             raise ValueError(f"the header has {len(names)} columns, a row {len(row)}")
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in cells]
-    page = f"<tr>{head}</tr></thead>\n<tbody>\n<tr>" + "</tr>\n<tr>".join(body)
-    page = f'<table class="table">\n<thead>\n{page}</tr>\n</tbody>\n</table>'
-    widths = [max(map(len, column)) for column in zip(names, *cells)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in [names, *cells]
-    ]
-    display({"text/html": page, "text/plain": "\n".join(lines)}, raw=True)
+    options = dict(headers=names, disable_numparse=True)
+    page = tabulate(cells, tablefmt="html", **options)
+    page = page.replace("<table>", '<table class="table">')
+    text = tabulate(cells, tablefmt="simple", **options)
+    display({"text/html": page, "text/plain": text}, raw=True)
 
 
 def compare(title, texts, right, **answers):
