@@ -121,7 +121,7 @@ WORDS = """() => {
             const ratio = Math.max(ink, paper) / Math.min(ink, paper);
             const size = parseFloat(style.fontSize) * box.width / view.width;
             if (ratio < 4.5) bad.add(`${text.textContent}: ${ratio.toFixed(2)}:1`);
-            if (size < 8.5) bad.add(`${text.textContent}: ${size.toFixed(1)} px`);
+            if (size < 8) bad.add(`${text.textContent}: ${size.toFixed(1)} px`);
         }
     }
     return [...bad];
