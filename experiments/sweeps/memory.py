@@ -217,7 +217,7 @@ def draw():
         x = memory.CARDS[card] * GIB / 1e9
         ax.axvline(x, color=plot.INK, linestyle=":", linewidth=1.2)
         name = card.partition(" (")[0]
-        ax.text(x, -0.75, name, rotation=35, ha="left", va="bottom", fontsize=9.5)
+        ax.text(x, -0.75, name, rotation=35, ha="left", va="bottom", fontsize=10)
     ax.set(xlim=(0, WIDEST / 1e9), ylim=(len(bars) - 0.4, -0.6))
     ax.grid(False)
     plot.legend(ax)
