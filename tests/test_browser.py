@@ -170,7 +170,8 @@ class Visit:
         self.page.set_viewport_size(DESKTOP)
         self.page.goto(path.as_uri(), wait_until="load")
         # axe judges no text on a gradient, such as the shade where something is cut.
-        self.page.add_style_tag(content="article * { background-image: none !important }")
+        plain = "article * { background-image: none !important }"
+        self.page.add_style_tag(content=plain)
         self.page.evaluate(AXE_SCRIPT)
         return self.page.evaluate(SETTLE)
 
