@@ -34,12 +34,13 @@ def records(kind, languages, n, split, seed=0):
     return [r for where in languages for r in data.records(kind, where, n, split, seed)]
 
 
-def tune(languages, method, lr, seed, steps, replay=0.0, batch=16):
+def tune(languages, method, lr, seed, steps, replay=0.0, batch=16, clip=None):
     """A copy of tiny-decoder trained on the dates of `languages`; returns (model,
     tokenizer).
 
     method: "full", "LoRA r=8" (on all linears), "attention r=12" or "MLP r=7"; alpha is
-    2 r. the share of the training records that are a mixture of what the base saw."""
+    2 r. replay: the share of the training records that are a mixture of what the base
+    saw. clip: the norm at which gradients are clipped, None for not at all."""
     torch.set_num_threads(1)
     model, tokenizer = base_models.load("tiny-decoder", device="cpu")
     torch.manual_seed(seed)
@@ -52,7 +53,8 @@ def tune(languages, method, lr, seed, steps, replay=0.0, batch=16):
 
         n = round(len(lines) * replay / (1 - replay))
         lines += data.mixture(SHARES, BASES, n, "train", seed)
-    train(model, tokenizer, lines, steps, lr, batch, seed, progress=False)
+    options = dict(progress=False, max_grad_norm=clip)
+    train(model, tokenizer, lines, steps, lr, batch, seed, **options)
     return model, tokenizer
 
 
@@ -95,9 +97,12 @@ def sweep(run, jobs, title):
             done[json.dumps(job)] = result
 
     left = [job for job in jobs if json.dumps(job) not in done]
-    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool, path.open("a") as f:
+    with (
+        multiprocessing.get_context("spawn").Pool(WORKERS) as pool,
+        path.open("a") as f,
+    ):
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=title)
-        for job, result in zip(left, pool.imap(run, left)):
+        for job, result in zip(left, pool.imap(run, left), strict=False):
             f.write(json.dumps([job, result]) + "\n")
             f.flush()
             done[json.dumps(job)] = json.loads(json.dumps(result))

@@ -1,7 +1,7 @@
 """The book's static pictures, drawn from what is stored; nothing is measured again.
 
-    python -m experiments.pictures               # all
-    python -m experiments.pictures learn_forget  # one
+python -m experiments.pictures               # all
+python -m experiments.pictures learn_forget  # one
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Attention at r=12 and MLP at r=7 have the same number of parameters on tiny-decoder,
 43,008. Run `finnish`, `six_languages` and `bench` first. Some five minutes on two
-cores."""
+cores. Gradients are not clipped."""
 
 from experiments.common import best_rate, scores, store, sweep, tune
 from experiments.sweeps.six_languages import SEEDS, one_rate
@@ -82,6 +82,14 @@ def derive(runs, best, long):
     slower = where(six["runs"], method="full", lr=1e-3)
     keep("six.full.slower.learned", mean(shares(slower, "learned")))
     keep("six.full.slower.base", mean(shares(slower, "base")))
+    slower = where(finnish["runs"], method="full", lr=1e-3)
+    keep("finnish.full.slower.learned", mean(shares(slower, "learned")))
+    keep("finnish.full.slower.base", mean(shares(slower, "base")))
+    for m, lr in (("full", 1e-4), ("LoRA r=8", 1e-3)):
+        gentle = where(finnish["gentle"], method=m, lr=lr)
+        keep(f"gentle.{m}.learned", mean(shares(gentle, "learned")))
+        keep(f"gentle.{m}.base", mean(shares(gentle, "base")))
+        keep(f"gentle.{m}.change", mean(run["change"] for run in gentle))
     compare(figures, "six.1v8", at_six["LoRA r=1"], at_six["LoRA r=8"], "learned")
     parts = [where(runs, method=m, lr=best[m]) for m in ("MLP r=7", "attention r=12")]
     compare(figures, "mlp", *parts, "learned")

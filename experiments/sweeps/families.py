@@ -1,9 +1,10 @@
 """Every method of the book on one new language: does it learn?
 
 Finnish dates, 200 steps of 16, each method at its own learning rate: a sweep half a
-decade apart, two seeds a rate, scored on dev records, widened until the best rate is
-inside it; then five seeds at that rate, scored on test records, against the frozen
-base.
+decade apart, two seeds a rate (five for LoRA and for full fine-tuning, which the others
+are measured against), scored on dev records, widened until the best rate is inside it;
+then five seeds at that rate, scored on test records, against the frozen base. Gradients
+are not clipped.
 
 Prompt tuning is another question: a prompt cannot teach a language, so it is asked to
 stand in for an instruction, "fr: 2026-03-12 = 12 mars 2026" without its "fr:", and the
@@ -65,6 +66,7 @@ METHODS = {  # {name: (how it is added, the learning rates to start from)}
 PROMPTS = {"prompt, French": "fr", "prompt, Finnish": "fi"}  # {name: language}
 TOKENS, PROMPT_RATES = 4, (1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS, STEPS, BATCH = range(5), 200, 16
+TUNED_ON = {"full": SEEDS, "LoRA": SEEDS}  # {name: seeds a rate}; two for the others
 
 
 def rendered(language, n, split, seed=0):
@@ -92,7 +94,7 @@ def one(job):
         model = METHODS[name][0](model)
     groups = lora_plus.parameter_groups(model, lr) if name == "LoRA+" else None
     trainable, _ = measure.parameters(model)
-    options = dict(progress=False, groups=groups)
+    options = dict(progress=False, groups=groups, max_grad_norm=None)
     train(
         model, tokenizer, make(3600, "train", seed), STEPS, lr, BATCH, seed, **options
     )
@@ -113,7 +115,12 @@ def best_rates(names):
     grids = {n: METHODS[n][1] if n in METHODS else PROMPT_RATES for n in names}
     runs, todo = [], {n: list(rates) for n, rates in grids.items()}
     while todo:
-        jobs = [(n, lr, s, False) for n in todo for lr in todo[n] for s in (0, 1)]
+        jobs = [
+            (n, lr, seed, False)
+            for n in todo
+            for lr in todo[n]
+            for seed in TUNED_ON.get(n, (0, 1))
+        ]
         runs += sweep(one, jobs, "learning rates")
         best, todo = {n: _best(runs, n) for n in grids}, {}
         for n, lr in best.items():

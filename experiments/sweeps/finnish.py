@@ -1,6 +1,6 @@
 """One new language: learning rates, what is forgotten, and the shape of the change.
 
-Finnish dates, 16 a step, five seeds of everything:
+Finnish dates, 16 a step, gradients clipped at a norm of 1, five seeds of everything:
 
 - `runs`: 100 steps, every method at five learning rates;
 - `changes`: 200 steps at each method's best rate, with and without a quarter of replay,
@@ -29,7 +29,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 def one_rate(job):
     method, lr, seed, steps = job
-    model, tokenizer = tune(["fi"], method, lr, seed, steps)
+    model, tokenizer = tune(["fi"], method, lr, seed, steps, clip=1.0)
     bits = scores(model, tokenizer, ["fi"], 400)
     change = size(model, method)
     return dict(method=method, lr=lr, seed=seed, **bits, **change)
@@ -99,7 +99,8 @@ def truncated(base, model, tokenizer, rank, test):
 
 def one_change(job):
     method, lr, seed, replay = job
-    model, tokenizer = tune(["fi"], method, lr, seed, steps=200, replay=replay)
+    how = dict(steps=200, replay=replay, clip=1.0)
+    model, tokenizer = tune(["fi"], method, lr, seed, **how)
     found = dict(method=method, lr=lr, seed=seed, replay=replay)
     found |= scores(model, tokenizer, ["fi"], 400)
     if replay:

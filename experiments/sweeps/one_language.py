@@ -2,7 +2,7 @@
 
 LoRA r=8 on all linears, 200 steps of 20 dates at 8e-3, six languages, five seeds; and
 for Hungarian, which resists, four times the rank and twice the steps. Some five minutes
-on two cores."""
+on two cores. Gradients are not clipped."""
 
 from experiments.common import scores, store, sweep, tune
 from peftlab.kit.data import HELD_BACK

@@ -83,7 +83,8 @@ def one(job):
         torch.manual_seed(seed)
         qlora.add(model, "all-linear", r=RANK, alpha=2 * RANK, **PACKED)
         lines = records("dates", BASES, 360, "train", seed)
-        train(model, tokenizer, lines, STEPS, lr, BATCH, seed, progress=False)
+        options = dict(progress=False, max_grad_norm=None)
+        train(model, tokenizer, lines, STEPS, lr, BATCH, seed, **options)
         run["lr"] = lr
     elif method == "emptied":
         emptied(model, run["channels"])

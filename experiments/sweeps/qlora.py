@@ -40,7 +40,8 @@ def one(job):
     torch.manual_seed(seed)
     model, tokenizer = start(name)
     lines = records("dates", ["fi"], 3600, "train", seed)
-    train(model, tokenizer, lines, STEPS, RATE, BATCH, seed, progress=False)
+    options = dict(progress=False, max_grad_norm=None)
+    train(model, tokenizer, lines, STEPS, RATE, BATCH, seed, **options)
     test = records("dates", ["fi"], 400, "test")
     run = dict(method=name, seed=seed, lr=RATE, learned=bits(model, tokenizer, test))
     if name == "NF4":

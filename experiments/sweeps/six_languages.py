@@ -2,7 +2,7 @@
 saturates.
 
 Dates of de fi pl tr sw hu together, 200 steps of 16, learning rates chosen on dev
-records, five seeds. Some ten minutes on two cores."""
+records, five seeds. Some ten minutes on two cores. Gradients are not clipped."""
 
 from experiments.common import best_rate, scores, share, store, sweep, tune
 from peftlab.kit.data import HELD_BACK
