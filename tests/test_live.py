@@ -59,16 +59,18 @@ ENCODE = """texts => {
     const tokenizer = new TinyTokenizer(tokens, merges, config.bos_token_id);
     return texts.map(text => tokenizer.encode(text));
 }"""
-ANSWERS = """cases => {
+ANSWERS = """([cases, whole]) => {
     const {tokens, merges, config} = window.tinyDecoderData;
     const tokenizer = new TinyTokenizer(tokens, merges, config.bos_token_id);
     const decoder = new TinyDecoder(window.tinyDecoderData);
+    const answer = (ids, setting) => {
+        const steps = decoder.answer(ids, setting).map(step => step.id);
+        return tokenizer.decode(steps.filter(id => id != config.eos_token_id));
+    };
     return cases.map(({prompt, setting}) => {
         const ids = tokenizer.encode(prompt);
-        const steps = decoder.answer(ids, setting).map(step => step.id);
-        const shown = steps.filter(id => id != config.eos_token_id);
         const logits = Array.from(decoder.logits(ids, setting));
-        return {ids, text: tokenizer.decode(shown), logits};
+        return {ids, logits, text: whole ? answer(ids, setting) : null};
     });
 }"""
 
@@ -109,7 +111,7 @@ def cases():
         setting = dict(adapters=adapters, rank=rank, strength=strength)
         codes = languages.split()
         for code in codes:
-            records = data.records("dates", code, 12 // len(codes) + 1, "test", seed=7)
+            records = data.records("dates", code, 10 // len(codes) + 1, "test", seed=7)
             found += [dict(prompt=r.prompt, setting=setting) for r in records]
     for kind in ("amounts", "render", "refuse"):
         setting = dict(adapters=[], rank=8, strength=1.0)
@@ -137,27 +139,26 @@ def expected():
     return answers
 
 
-def compare(given, wanted):
-    """{"ids", "texts": how many differ, "logits": the largest difference}."""
-    pairs = list(zip(given, wanted, strict=True))
-    gaps = [(torch.tensor(g["logits"]) - w["logits"]).abs().max() for g, w in pairs]
-    return dict(
-        ids=sum(g["ids"] != w["ids"] for g, w in pairs),
-        texts=sum(g["text"].strip(" ") != w["text"] for g, w in pairs),
-        logits=max(gaps).item(),
-    )
+def largest_gap(given, wanted):
+    """Between the logits of the page and those of torch."""
+    pairs = zip(given, wanted, strict=True)
+    return max((torch.tensor(g["logits"]) - w["logits"]).abs().max() for g, w in pairs)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
 
 
 # The model
 
 
 def test_the_page_answers_as_torch_does(visit):
-    given = visit.page.evaluate(ANSWERS, cases())
-    found = compare(given, expected())
-    assert len(given) >= 200
-    assert found["ids"] == 0 and found["texts"] == 0, found
-    assert found["logits"] < 1e-2, found
-    assert len({g["text"] for g in given}) > 150, "the answers hardly differ"
+    given, wanted = visit.page.evaluate(ANSWERS, [cases(), True]), expected()
+    texts = [text.strip(" ") for text in column(given, "text")]
+    assert len(given) >= 200 and len(set(texts)) > 100
+    assert column(given, "ids") == column(wanted, "ids")
+    assert texts == column(wanted, "text")
+    assert largest_gap(given, wanted) < 1e-2
 
 
 def test_any_text_becomes_the_tokens_that_the_library_makes_of_it(visit):
@@ -226,11 +227,13 @@ def test_a_mistake_is_found(browser, mistake):  # noqa: F811
             page.add_script_tag(content=text.replace(right, wrong))
         else:
             page.add_script_tag(path=SCRIPTS / name)
-    sample = range(0, len(cases()), 7)
-    given = page.evaluate(ANSWERS, [cases()[i] for i in sample])
+    sample = list({id(c["setting"]): i for i, c in enumerate(cases())}.values())
+    given = page.evaluate(ANSWERS, [[cases()[i] for i in sample], False])
     page.close()
-    found = compare(given, [expected()[i] for i in sample])
-    assert found["ids"] or found["texts"] or found["logits"] > 1e-2, found
+    wanted = [expected()[i] for i in sample]
+    other_ids = column(given, "ids") != column(wanted, "ids")
+    gap = largest_gap(given, wanted)
+    assert other_ids or gap > 1e-2, gap
 
 
 # The data
@@ -310,9 +313,8 @@ def test_the_things_to_try_are_as_the_page_says(visit):
         settle(page)
         answers.append(state(page))
     first, weak, cut, two = answers
-    assert {a["date"] for a in answers} == {
-        page.text_content("#live-sample-date").replace("\n", "").replace("  ", " ")
-    }
+    sample = " ".join(page.text_content("#live-sample-date").split())
+    assert {a["date"] for a in answers} == {sample}
     assert first["answer"] == "1974-04-23 right" and first["frozen"]
     for changed in (weak, cut, two):
         assert "wrong: it is 1974-04-23" in changed["answer"]
