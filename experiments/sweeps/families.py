@@ -1,10 +1,10 @@
 """Every method of the book on one new language: does it learn?
 
 Finnish dates, 200 steps of 16, each method at its own learning rate: a sweep half a
-decade apart, two seeds a rate (five for LoRA and for full fine-tuning, which the others
-are measured against), scored on dev records, widened until the best rate is inside it;
-then five seeds at that rate, scored on test records, against the frozen base. Gradients
-are not clipped.
+decade apart, two seeds a rate (five for full fine-tuning, which the others are measured
+against), scored on dev records, widened until the best rate is inside it; then five
+seeds at that rate, scored on test records, against the frozen base. Gradients are not
+clipped.
 
 Prompt tuning is another question: a prompt cannot teach a language, so it is asked to
 stand in for an instruction, "fr: 2026-03-12 = 12 mars 2026" without its "fr:", and the
@@ -66,7 +66,7 @@ METHODS = {  # {name: (how it is added, the learning rates to start from)}
 PROMPTS = {"prompt, French": "fr", "prompt, Finnish": "fi"}  # {name: language}
 TOKENS, PROMPT_RATES = 4, (1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS, STEPS, BATCH = range(5), 200, 16
-TUNED_ON = {"full": SEEDS, "LoRA": SEEDS}  # {name: seeds a rate}; two for the others
+TUNED_ON = {"full": SEEDS}  # {name: seeds a rate}; two for the others
 
 
 def rendered(language, n, split, seed=0):
