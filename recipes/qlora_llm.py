@@ -2,7 +2,7 @@
 
     pip install torch transformers peft accelerate bitsandbytes
     hf auth login
-    python qlora_llm.py --data records.jsonl --prompt "One like those in it"
+    python qlora_llm.py --data records.jsonl --prompt "A prompt like those in it"
 
 The default model is gated: accept its licence on its page on the hub, then log
 in. `--model Qwen/Qwen2.5-7B-Instruct` needs neither. records.jsonl has one
@@ -42,6 +42,7 @@ def options():
     parser.add_argument(
         "--length", type=int, default=1024, help="tokens at most"
     )
+    parser.add_argument("--tokens", type=int, default=100, help="of an answer")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--rate", type=float, default=2e-4)
     return parser
@@ -158,14 +159,15 @@ def train(model, tokenizer, records, held_out, args):
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompt):
+def answer(model, tokenizer, args):
     model.eval()
-    inputs = tokenizer(
-        chat(tokenizer, prompt), add_special_tokens=False, return_tensors="pt"
-    )
+    text = chat(tokenizer, args.prompt)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     inputs = inputs.to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+    tokens = model.generate(
+        **inputs, max_new_tokens=args.tokens, do_sample=False
+    )
     new = tokens[0, inputs["input_ids"].shape[1] :]
     return tokenizer.decode(new, skip_special_tokens=True)
 
@@ -186,9 +188,9 @@ def main(args, load=load, add_lora=add_lora, read=read, train=train):
     # As on another day: the base model and the saved adapter.
     base, tokenizer = load(args.model)
     model = PeftModel.from_pretrained(base, args.out)
-    print("with the adapter:", answer(model, tokenizer, args.prompt))
+    print("with the adapter:", answer(model, tokenizer, args))
     with model.disable_adapter():
-        print("without it:", answer(model, tokenizer, args.prompt))
+        print("without it:", answer(model, tokenizer, args))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A stand-in is a folder as a hub's model lies in it: the real architecture, small
 weights, tiny-decoder's tokenizer with a chat template. One more is tiny-decoder
 itself. What these runs score says nothing of a real model."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -16,6 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -55,44 +58,42 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "tiny-decoder"])
-def stand_in(request, tmp_path_factory):
-    """A folder in the hub's layout, with a file of records beside it."""
-    folder = tmp_path_factory.mktemp(request.param)
+def make_stand_in(name, folder):
+    """A model's folder in the hub's layout, and files of records beside it."""
     model, tokenizer = base_models.load("tiny-decoder", device="cpu")
-    if request.param in KINDS:
-        config, kind = KINDS[request.param]
+    if name in KINDS:
+        config, kind = KINDS[name]
         torch.manual_seed(0)
         model = kind(config(vocab_size=len(tokenizer), **SHAPE))
     tokenizer.chat_template = TEMPLATE
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for file, language in (("records", "fi"), ("general", "en")):
-        records = data.records("dates", language, 64, "train", 0)
-        lines = [json.dumps(dict(prompt=r.text, answer=r.answer)) for r in records]
-        (folder / f"{file}.jsonl").write_text("\n".join(lines))
+        records = data.records("dates", language, 40, "train", 0)
+        rows = [json.dumps(dict(prompt=r.text, answer=r.answer)) for r in records]
+        (folder / f"{file}.jsonl").write_text("\n".join(rows))
     return folder
 
 
-@pytest.fixture
-def run(stand_in, monkeypatch, capfd):
-    """Run a recipe in the stand-in's folder, as the command line does: its output."""
+def run(folder, name, *arguments):
+    """What a recipe prints, run in a folder as the command line does."""
     torch.set_num_threads(1)
-    monkeypatch.chdir(stand_in)
-    monkeypatch.syspath_prepend(RECIPES)
-    prompt = json.loads(Path("records.jsonl").read_text().splitlines()[0])["prompt"]
-
-    def run(name, *more, general=True):
-        common = ["--model", "model", "--prompt", prompt] if general else []
-        monkeypatch.setattr(sys, "argv", [name, *common, *map(str, more)])
-        torch.manual_seed(0)
+    torch.manual_seed(0)
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        patch.syspath_prepend(RECIPES)
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(RECIPES / name), run_name="__main__")
-        return capfd.readouterr().out
-
-    return run
+    return out.getvalue()
 
 
-QUICK = ("--length", 96, "--epochs", 3, "--rate", 1e-2)
+def quick(folder, out):
+    """What makes a run short, and strong enough to change an answer."""
+    rows = (folder / "records.jsonl").read_text().splitlines()
+    prompt = json.loads(rows[0])["prompt"]
+    few = ("--length", 96, "--epochs", 3, "--rate", 1e-2, "--tokens", 12)
+    return ("--model", "model", "--prompt", prompt, "--out", out, *few)
 
 
 def assert_it_learned(out):
@@ -100,100 +101,113 @@ def assert_it_learned(out):
     assert float(after) < float(before), out
     on = re.search(r"^with the adapter: ?(.*)$", out, re.M)[1]
     off = re.search(r"^without it: ?(.*)$", out, re.M)[1]
-    assert on != off, "the adapter changes no answer"
+    assert on != off, f"the adapter changes no answer: {on!r}"
 
 
-def adapter(folder):
-    base = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
-    return PeftModel.from_pretrained(base, folder).eval()
+@pytest.fixture(scope="module", params=KINDS)
+def stand_in(request, tmp_path_factory):
+    return make_stand_in(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def trained(stand_in):
+    """The stand-in with a QLoRA adapter in first/, and what the recipe printed."""
+    return stand_in, run(stand_in, "qlora_llm.py", *quick(stand_in, "first"))
+
+
+def load(folder, adapter=None):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder / adapter) if adapter else model
+
+
+@torch.no_grad()
 def logits(model):
-    ids = torch.arange(5, 45).reshape(2, 20)
-    with torch.no_grad():
-        return model(input_ids=ids).logits.float()
+    return model.eval()(input_ids=torch.arange(5, 45).reshape(2, 20)).logits.float()
 
 
-def test_qlora_from_records_to_an_answer(run):
-    out = run("qlora_llm.py", "--data", "records.jsonl", *QUICK)
+def test_qlora_from_records_to_an_answer(trained):
+    folder, out = trained
     assert_it_learned(out)
-    assert "64 records, 0 answers too long" in out
-    files = {p.name for p in Path("my-adapter").iterdir()}
+    assert "40 records, 0 answers too long" in out
+    files = {path.name for path in (folder / "first").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
 
 
-def test_lora_in_16_bits_and_the_merged_model(run):
-    out = run("02_lora.py", *QUICK, "--merged", "merged")
+def test_qlora_runs_on_tiny_decoder_itself(tmp_path):
+    folder = make_stand_in("tiny-decoder", tmp_path)
+    assert_it_learned(run(folder, "qlora_llm.py", *quick(folder, "first")))
+
+
+def test_lora_in_16_bits_and_the_merged_model(stand_in):
+    more = ("--merged", "merged")
+    out = run(stand_in, "02_lora.py", *quick(stand_in, "second"), *more)
     assert_it_learned(out)
-    merged = AutoModelForCausalLM.from_pretrained("merged").eval()
-    base = AutoModelForCausalLM.from_pretrained("model").eval()
-    ours = logits(adapter("my-adapter"))
-    off = (logits(merged.float()) - ours).norm() / ours.norm()
-    moved = (logits(base.float()) - ours).norm() / ours.norm()
+    merged = AutoModelForCausalLM.from_pretrained(stand_in / "merged").float()
+    ours = logits(load(stand_in, "second"))
+    off = (logits(merged) - ours).norm()
+    moved = (logits(load(stand_in)) - ours).norm()
     assert off < 0.1 * moved, f"merged differs by {off:.3g}, the base by {moved:.3g}"
 
 
-@pytest.mark.parametrize("share, mixed", [(0, 0), (0.25, 20)])
-def test_replay_measures_what_is_forgotten(run, share, mixed):
-    out = run("03_replay.py", *QUICK, "--share", share)
+@pytest.mark.parametrize("share, mixed", [(0, 0), (0.25, 13)])
+def test_replay_measures_what_is_forgotten(stand_in, share, mixed):
+    common = quick(stand_in, "third")
+    out = run(stand_in, "03_replay.py", *common, "--share", share)
     assert_it_learned(out)
-    assert f"61 records, {mixed} general ones" in out
+    assert f"38 records, {mixed} general ones" in out
     assert re.search(r"loss on general records: [\d.]+ -> [\d.]+", out)
 
 
-def test_the_rank_of_a_change_and_a_smaller_adapter(run):
-    run("qlora_llm.py", *QUICK)
-    out = run("04_rank.py", "--rank", 16, "--out", "same", general=False)
-    layers = re.findall(
-        r"^(\S+\.weight): size ([\d.]+), 90% in rank (\d+) of 16", out, re.M
-    )
-    model = adapter("my-adapter")
-    assert len(layers) == sum("lora_A" in name for name, _ in model.named_modules()) / 2
-    weights = dict(AutoModelForCausalLM.from_pretrained("model").named_parameters())
+def test_the_rank_of_a_change_and_a_smaller_adapter(trained):
+    folder, _ = trained
+    adapter = ("--adapter", "first", "--model", "model")
+    out = run(folder, "04_rank.py", *adapter, "--rank", 16, "--out", "same")
+    pattern = r"^(\S+\.weight): size ([\d.]+), 90% in rank (\d+) of 16"
+    layers = re.findall(pattern, out, re.M)
+    model = load(folder, "first")
+    assert len(layers) == 2 * 7, "seven linears in each of two layers"
+    weights = dict(load(folder).named_parameters())
     for path, size, rank in layers:
         layer = model.get_submodule("base_model.model." + path.removesuffix(".weight"))
         change = layer.get_delta_weight("default").detach()
-        want = change.norm() / weights[path].detach().float().norm()
-        assert float(size) == pytest.approx(want.item(), abs=1e-4, rel=1e-2)
+        expected = change.norm() / weights[path].detach().norm()
+        assert float(size) == pytest.approx(expected.item(), rel=0.01, abs=1e-4)
         energy = torch.linalg.svdvals(change).square()
         assert energy[: int(rank)].sum() >= 0.8999 * energy.sum()
         assert energy[: int(rank) - 1].sum() < 0.9001 * energy.sum()
 
-    ours = logits(model)
-    whole = logits(adapter("same"))
-    assert (whole - ours).norm() < 1e-4 * ours.norm(), "rank 16 of 16 loses nothing"
-    run("04_rank.py", "--rank", 4, "--out", "cut", general=False)
-    cut = adapter("cut")
+    whole, base = logits(model), logits(load(folder))
+    same = logits(load(folder, "same"))
+    assert (same - whole).norm() < 1e-4 * whole.norm(), "16 of 16 lose nothing"
+    run(folder, "04_rank.py", *adapter, "--rank", 4, "--out", "cut")
+    cut = load(folder, "cut")
     assert cut.peft_config["default"].r == 4
-    gap = (logits(cut) - ours).norm()
-    base = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
-    assert gap < (logits(base) - ours).norm(), "the cut adapter is nearer than none"
+    gap = (logits(cut) - whole).norm()
+    assert gap < (base - whole).norm(), "the cut adapter is nearer than none"
 
 
-def test_the_calculator_beside_the_measured_peak(run):
-    out = run("11_peak_memory.py", "--length", 64, "--epochs", 1, "--rate", 1e-2)
+def test_the_calculator_beside_the_measured_peak(stand_in):
+    common = [*quick(stand_in, "eleventh"), "--epochs", 1]
+    out = run(stand_in, "11_peak_memory.py", *common)
     assert_it_learned(out)
     found = dict(re.findall(r"^(predicted|measured) +([\d.]+) GB", out, re.M))
     ratio = float(found["measured"]) / float(found["predicted"])
-    assert 0.5 < ratio < 3, f"a stand-in of a few MB is off by {ratio:.2f}"
+    assert 0.5 < ratio < 3, f"on a stand-in of a few MB the ratio is {ratio:.2f}"
 
 
-def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(run, stand_in):
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import qlora_llm
-    finally:
-        sys.path.remove(str(RECIPES))
-    _, tokenizer = qlora_llm.load("model")
-    long = "Tuesday, 3 March 2026 and " * 30
-    found = qlora_llm.encode(tokenizer, dict(prompt=long, answer="2026-03-03"), 64)
+def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(stand_in):
+    recipe = runpy.run_path(str(RECIPES / "qlora_llm.py"))
+    tokenizer = AutoTokenizer.from_pretrained(stand_in / "model")
+    words = "Tuesday, 3 March 2026 and " * 30
+    record = dict(prompt=words, answer="2026-03-03")
+    found = recipe["encode"](tokenizer, record, 64)
     ids, labels = found["input_ids"], found["labels"]
     assert len(ids) == len(labels) == 64
     learned = [i for i in labels if i != -100]
     assert tokenizer.decode(learned) == "2026-03-03</s>", "the answer survives"
     text = tokenizer.decode(ids)
     assert text.startswith("<s>user: Tuesday") and "assistant: 2026-03-03</s>" in text
-    assert qlora_llm.encode(tokenizer, dict(prompt="x", answer=long), 64) is None
+    assert recipe["encode"](tokenizer, dict(prompt="x", answer=words), 64) is None
 
 
 @pytest.mark.parametrize("chapter", PAGES)

@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from xml.etree import ElementTree
 
-from torch.nn.functional import cross_entropy
+import torch
 from transformers import BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -60,7 +60,9 @@ class MeanClassifier(BertForSequenceClassification):
         hidden = self.bert(input_ids, attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1)  # (texts, tokens, 1): no padding
         logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
-        loss = None if labels is None else cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss, logits)
 
 
