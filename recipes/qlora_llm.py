@@ -2,7 +2,7 @@
 
     pip install torch transformers peft accelerate bitsandbytes
     hf auth login
-    python qlora_llm.py --data records.jsonl --prompt "A prompt like those in it"
+    python qlora_llm.py --data records.jsonl --prompt "A prompt like those"
 
 The default model is gated: accept its licence on its page on the hub, then log
 in. `--model Qwen/Qwen2.5-7B-Instruct` needs neither. records.jsonl has one
