@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
@@ -195,7 +196,7 @@ class Task:
         found["dev"] = sum(right) / len(right)
         found["trained"] = sum(t.numel() for t in trained.values())
         found["seconds"] = round(time.perf_counter() - begun, 1)
-        torch.save(trained, file.with_suffix(".pt"))
+        save_file(trained, file.with_suffix(".safetensors"))
         file.write_text(json.dumps(found))
         shown = {k: v for k, v in found.items() if k != "change"}
         print(time.strftime("%H:%M:%S"), shown, flush=True)
@@ -207,7 +208,7 @@ class Task:
         if "test" in found:
             return found
         file = scratch(row, body, head, seed)
-        trained = torch.load(file.with_suffix(".pt"))
+        trained = load_file(file.with_suffix(".safetensors"))
         if body is None:
             model = torch.nn.Linear(self.encoder.config.hidden_size, len(icd.CHAPTERS))
             model.load_state_dict(trained)
