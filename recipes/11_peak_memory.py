@@ -1,6 +1,6 @@
 """The memory of QLoRA's training: by the book's calculator, and measured.
 
-    pip install "peftlab @ git+https://github.com/peftlab/peftlab"
+    pip install -e PATH    # of a clone of this book
     python 11_peak_memory.py --data records.jsonl --length 1024
 
 Every record is repeated until it fills `--length` tokens, so that each step is
