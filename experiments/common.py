@@ -90,16 +90,11 @@ def sweep(run, jobs, title):
     """
     path = SCRATCH / f"{re.sub(r'[^a-z0-9]+', '-', title)}-{digest(run)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {}
-    if path.is_file():
-        for row in path.read_text("utf8").splitlines():
-            job, result = json.loads(row)
-            done[json.dumps(job)] = result
-
+    done = finished(path)
     left = [job for job in jobs if json.dumps(job) not in done]
     with (
         multiprocessing.get_context("spawn").Pool(WORKERS) as pool,
-        path.open("a") as f,
+        path.open("a", encoding="utf8") as f,
     ):
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), desc=title)
         for job, result in zip(left, pool.imap(run, left), strict=False):
@@ -109,6 +104,19 @@ def sweep(run, jobs, title):
             bar.update()
 
     return [done[json.dumps(job)] for job in jobs]
+
+
+def finished(path):
+    """{job as JSON: result} of a sweep's file; the row that a kill tore is cut off."""
+    if not path.is_file():
+        return {}
+
+    text = path.read_text("utf8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, "utf8")
+    rows = [json.loads(row) for row in whole.splitlines()]
+    return {json.dumps(job): result for job, result in rows}
 
 
 def digest(run):

@@ -4,38 +4,24 @@
 
 What differs from qlora_llm.py: the base is loaded in 16 bits, not packed into
 4. Its weights take more memory, nothing is unpacked in each step, and the
-change can be merged into the very weights that it was trained beside.
+change can be merged into the very weights that it was trained beside. A merge
+in 16 bits rounds, and a small change loses most: compare the answers, and keep
+the adapter.
 """
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
 
-from qlora_llm import DEVICE, main, options
+import qlora_llm
 
 
 def load(name):
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.bfloat16, device_map=DEVICE
-    )
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
+    return qlora_llm.load(name, packing=None)
 
 
 def add_lora(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()  # checkpointing over frozen embeddings
-    config = LoraConfig(
-        r=16,
-        lora_alpha=32,
-        lora_dropout=0.1,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
-    return model
+    return qlora_llm.with_lora(model)
 
 
 def merge(args):
@@ -48,8 +34,8 @@ def merge(args):
 
 
 if __name__ == "__main__":
-    parser = options()
+    parser = qlora_llm.options()
     parser.add_argument("--merged", default="my-model")
     args = parser.parse_args()
-    main(args, load=load, add_lora=add_lora)
+    qlora_llm.main(args, load=load, add_lora=add_lora)
     merge(args)

@@ -34,6 +34,11 @@ def train(model, tokenizer, records, held_out, args):
     kept_out = general[: max(1, len(general) // 20)]
     general = general[len(kept_out) :]
     wanted = round(len(records) * args.share / (1 - args.share))
+    if wanted > len(general):
+        raise SystemExit(
+            f"{wanted} general records wanted, {len(general)} there"
+        )
+
     mixed = records + general[:wanted]
     random.Random(0).shuffle(mixed)
     print(f"{len(records)} records, {len(mixed) - len(records)} general ones")
@@ -48,4 +53,8 @@ if __name__ == "__main__":
     parser = qlora_llm.options()
     parser.add_argument("--general", default="general.jsonl")
     parser.add_argument("--share", type=float, default=0.25, help="below 1")
-    qlora_llm.main(parser.parse_args(), train=train)
+    args = parser.parse_args()
+    if not 0 <= args.share < 1:
+        raise SystemExit(f"--share is from 0 to below 1, not {args.share}")
+
+    qlora_llm.main(args, train=train)

@@ -26,6 +26,20 @@ def svd(B, A):
     return q_left @ U, S, Vh @ q_right.T
 
 
+def refuse(config, tensors, rank):
+    """What this script would cut wrongly: anything but plain LoRA."""
+    others = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    others = [name for name in others if getattr(config, name)]
+    plain = (".lora_A.weight", ".lora_B.weight")
+    others += [name for name in tensors if not name.endswith(plain)]
+    if others:
+        raise SystemExit(
+            f"only plain LoRA can be cut, not one with {others[0]}"
+        )
+    if not 1 <= rank <= config.r:
+        raise SystemExit(f"--rank is from 1 to {config.r}, not {rank}")
+
+
 def main(args):
     folder, out = Path(args.adapter), Path(args.out)
     config = PeftConfig.from_pretrained(args.adapter)
@@ -34,6 +48,7 @@ def main(args):
     )
     weights = dict(base.named_parameters())
     tensors = load_file(folder / "adapter_model.safetensors")
+    refuse(config, tensors, args.rank)
     scaling = config.lora_alpha / config.r
     smaller = {}
     for name in [name for name in tensors if "lora_A" in name]:
@@ -50,9 +65,7 @@ def main(args):
         smaller[name] = (root[:, None] * Vh[: args.rank]).contiguous()
 
     settings = json.loads((folder / "adapter_config.json").read_text())
-    settings |= dict(
-        r=args.rank, lora_alpha=scaling * args.rank
-    )  # the same scaling
+    settings |= dict(r=args.rank, lora_alpha=scaling * args.rank)
     out.mkdir(exist_ok=True)
     save_file(smaller, out / "adapter_model.safetensors", {"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(settings, indent=2))

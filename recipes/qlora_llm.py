@@ -48,17 +48,19 @@ def options():
     return parser
 
 
-def load(name):
+FOUR_BITS = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+
+
+def load(name, packing=FOUR_BITS):
     """The base model, packed into 4 bits, and its tokenizer."""
-    four_bits = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     model = AutoModelForCausalLM.from_pretrained(
         name,
-        quantization_config=four_bits,
+        quantization_config=packing,
         dtype=torch.bfloat16,
         device_map=DEVICE,
     )
@@ -72,6 +74,10 @@ def add_lora(model):
     model = prepare_model_for_kbit_training(
         model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
+    return with_lora(model)
+
+
+def with_lora(model):
     config = LoraConfig(
         r=16,
         lora_alpha=32,

@@ -1,5 +1,6 @@
 """The plumbing: training, measuring, loading, storing."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,7 +8,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from transformers import get_linear_schedule_with_warmup
 
+from experiments import common
+from experiments.sweeps import finnish as finnish_sweep
+from experiments.sweeps import six_languages as six_sweep
 from peftlab import lora
 from peftlab.kit import base_models, data, measure, plot, results, show
 from peftlab.kit.train import batches, checkpoint_activations, collate, train
@@ -59,6 +64,31 @@ def test_the_same_seed_trains_the_same_weights(finnish):
     (losses, a), (again, b), (other, _) = run(0), run(0), run(1)
     assert losses == again and all(torch.equal(a[k], b[k]) for k in a)
     assert losses != other
+
+
+def test_training_is_the_loop_that_the_chapters_show(finnish):
+    """AdamW, gradients clipped at a norm of 1, a linear rise and fall."""
+    ours, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    shown = copy.deepcopy(ours).train()
+    plain = copy.deepcopy(ours)
+    how = dict(steps=10, lr=1e-3, batch_size=8, progress=False)
+    train(ours, tokenizer, finnish, **how)
+    train(plain, tokenizer, finnish, **how, max_grad_norm=None)
+
+    weights, norms = list(shown.parameters()), []
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 1, 10)
+    for _, records in zip(range(10), batches(finnish, 8), strict=False):
+        shown(**collate(records, tokenizer)).loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(weights, 1.0))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert max(norms) > 1, "nothing was clipped: this shows nothing"
+    same = zip(ours.parameters(), weights, strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    same = zip(ours.parameters(), plain.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in same), "clipping has no effect"
 
 
 def test_train_refuses_a_frozen_model_and_an_empty_set(tiny, finnish):
@@ -265,3 +295,12 @@ def test_a_table_shows_every_cell_and_refuses_a_row_that_is_too_short(capsys):
     assert "&lt;a&gt;" in text and "(nothing) ✗" in text and "2 ✓" in text
     with pytest.raises(ValueError, match="2 columns, a row 1"):
         show.table("a | b", [("x",)])
+
+
+def test_a_sweep_that_was_killed_goes_on_from_its_last_whole_row(tmp_path):
+    path = tmp_path / "some.jsonl"
+    assert common.finished(path) == {}
+    path.write_text('[["LoRA", 0.01], {"dev": "01"}]\n[["LoRA", 0.03], {"de')
+    assert common.finished(path) == {'["LoRA", 0.01]': {"dev": "01"}}
+    assert path.read_text().endswith("}]\n"), "the torn row is gone"
+    assert common.digest(finnish_sweep.one_rate) != common.digest(six_sweep.one_rate)

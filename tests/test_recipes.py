@@ -15,7 +15,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -184,6 +185,50 @@ def test_the_rank_of_a_change_and_a_smaller_adapter(trained):
     assert cut.peft_config["default"].r == 4
     gap = (logits(cut) - whole).norm()
     assert gap < (base - whole).norm(), "the cut adapter is nearer than none"
+
+
+REFUSED = {  # arguments, what else is in the adapter, and what is said
+    "a rank above the adapter's": (("--rank", 17), {}, "from 1 to 16, not 17"),
+    "rank 0": (("--rank", 0), {}, "from 1 to 16, not 0"),
+    "rsLoRA": ((), dict(use_rslora=True), "not one with use_rslora"),
+    "another rank for a layer": ((), dict(rank_pattern={"up_proj": 4}), "rank_pattern"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_that_would_be_cut_wrongly_is_refused(trained, name, tmp_path):
+    folder, _ = trained
+    arguments, settings, said = REFUSED[name]
+    file = folder / "first" / "adapter_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | settings))
+    common = ("--adapter", "first", "--model", "model", "--out", tmp_path / "new")
+    try:
+        with pytest.raises(SystemExit, match=said):
+            run(folder, "04_rank.py", *common, *arguments)
+    finally:
+        file.write_text(before)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_head_beside_the_adapter_is_not_left_out_of_a_smaller_one(trained):
+    recipe = runpy.run_path(str(RECIPES / "04_rank.py"))
+    folder, _ = trained
+    config = PeftConfig.from_pretrained(folder / "first")
+    tensors = load_file(folder / "first" / "adapter_model.safetensors")
+    recipe["refuse"](config, tensors, 4)
+    for other in ("base_model.model.lm_head.weight", "x.lora_embedding_A"):
+        with pytest.raises(SystemExit, match=other):
+            recipe["refuse"](config, tensors | {other: None}, 4)
+
+
+def test_replay_refuses_a_share_of_one_and_too_few_general_records(stand_in):
+    common = quick(stand_in, "refused")
+    with pytest.raises(SystemExit, match="below 1"):
+        run(stand_in, "03_replay.py", *common, "--share", 1)
+    with pytest.raises(SystemExit, match="152 general records wanted, 38 there"):
+        run(stand_in, "03_replay.py", *common, "--share", 0.8)
+    assert not (stand_in / "refused").exists()
 
 
 def test_the_calculator_beside_the_measured_peak(stand_in):

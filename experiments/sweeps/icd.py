@@ -31,12 +31,11 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from experiments.common import store
-from peftlab.kit import base_models, icd
+from peftlab.kit import base_models, icd, measure
 
 STEPS, BATCH, WARMUP = 100, 32, 10
 PER_CHAPTER = STEPS * BATCH // len(icd.CHAPTERS)  # phrases, for one pass
 STAGES = (2, 5)  # seeds
-T95 = {2: 12.706, 5: 2.776}  # Student's t: 95% of differences over so many seeds
 RATES = [float(f"{m}e{i}") for i in range(-6, 1) for m in (1, 3)]  # 1e-6, 3e-6, ...
 START = {  # learning rates of the body and of the head
     "head": (None, 1e-2),
@@ -137,10 +136,9 @@ def figures(tested, even):
             changes = [statistics.mean(run["change"].values()) for run in runs]
             found[f"{name}.change"] = statistics.mean(changes)
     for a, b in itertools.permutations(tested, 2):
-        found |= {
-            f"{a} - {b}.{part}": value
-            for part, value in paired_interval(even[a] - even[b]).items()
-        }
+        parts = measure.paired_interval(even[a].tolist(), even[b].tolist())
+        for part, value in zip(("mean", "low", "high"), parts, strict=True):
+            found[f"{a} - {b}.{part}"] = value
     found["test phrases"] = len(tested["head"][0]["test"])
     return {key: dict(value=float(value), tolerance=0) for key, value in found.items()}
 
@@ -155,13 +153,6 @@ def dev_figures(runs):
         key: dict(value=statistics.mean(values), tolerance=0)
         for key, values in shares.items()
     }
-
-
-def paired_interval(differences):
-    """Mean of paired differences, and its 95% interval by Student's t."""
-    mean, n = differences.mean(), len(differences)
-    wide = T95[n] * differences.std() / n**0.5
-    return dict(mean=mean, low=mean - wide, high=mean + wide)
 
 
 class Task:

@@ -26,8 +26,6 @@ from transformers.utils import logging
 # peft 0.21 asks transformers by an old name; the notebooks would store the warning.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 # Trainer asks for pinned memory whether or not there is a GPU to copy to.
-warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but")
-# Trainer pins memory for a GPU that is not there, and the notebooks would store it.
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
 # On a CPU with AVX512-BF16 bitsandbytes misses an optional package, and says so.
 standard_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")

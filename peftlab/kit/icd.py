@@ -52,6 +52,8 @@ CHAPTERS = (  # short names, in the order of ICD-10-CM's chapters 1 to 18
 class MeanClassifier(BertForSequenceClassification):
     """MiniLM was trained to put a text's meaning into the mean of its tokens."""
 
+    accepts_loss_kwargs = False  # else Trainer sums accumulated losses
+
     def __init__(self, config):
         super().__init__(config)
         self.bert.pooler = None  # it would take the first token alone
