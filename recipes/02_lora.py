@@ -5,8 +5,8 @@
 What differs from qlora_llm.py: the base is loaded in 16 bits, not packed into
 4. Its weights take more memory, nothing is unpacked in each step, and the
 change can be merged into the very weights that it was trained beside. A merge
-in 16 bits rounds, and a small change loses most: compare the answers, and keep
-the adapter.
+in 16 bits rounds, and a small change loses most: see what the merged model
+answers, and keep the adapter.
 """
 
 from peft import PeftModel
@@ -30,7 +30,7 @@ def merge(args):
     model = PeftModel.from_pretrained(base, args.out).merge_and_unload()
     model.save_pretrained(args.merged)
     tokenizer.save_pretrained(args.merged)
-    print(f"merged into {args.merged}")
+    print("merged:", qlora_llm.answer(model, tokenizer, args))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python 03_replay.py --data records.jsonl --general general.jsonl
 
 general.jsonl holds what the model should not lose, in the form of
-records.jsonl: conversations of all kinds. A twentieth of it, at least one
-record, is held out: the loss on it before and after training says what was
-forgotten. `--share 0` measures without mixing in.
+records.jsonl: conversations of all kinds, in any order. A twentieth of it, at
+least one record, is held out: the loss on it before and after training says
+what was forgotten. `--share 0` measures without mixing in.
 """
 
 import random
@@ -31,6 +31,8 @@ def loss(model, tokenizer, records):
 
 def train(model, tokenizer, records, held_out, args):
     general = qlora_llm.read(args.general, tokenizer, args.length)
+    rng = random.Random(0)
+    rng.shuffle(general)
     kept_out = general[: max(1, len(general) // 20)]
     general = general[len(kept_out) :]
     wanted = round(len(records) * args.share / (1 - args.share))
@@ -40,7 +42,7 @@ def train(model, tokenizer, records, held_out, args):
         )
 
     mixed = records + general[:wanted]
-    random.Random(0).shuffle(mixed)
+    rng.shuffle(mixed)
     print(f"{len(records)} records, {len(mixed) - len(records)} general ones")
 
     before = loss(model, tokenizer, kept_out)
@@ -52,7 +54,7 @@ def train(model, tokenizer, records, held_out, args):
 if __name__ == "__main__":
     parser = qlora_llm.options()
     parser.add_argument("--general", default="general.jsonl")
-    parser.add_argument("--share", type=float, default=0.25, help="below 1")
+    parser.add_argument("--share", type=float, default=0.05, help="below 1")
     args = parser.parse_args()
     if not 0 <= args.share < 1:
         raise SystemExit(f"--share is from 0 to below 1, not {args.share}")
