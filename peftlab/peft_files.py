@@ -23,14 +23,17 @@ to peft's training. Adapters, BitFit and inactive LoRAs have no form in peft.
 
 Only safetensors are read or written, never pickle. A setting that would change numbers
 and that we do not support is refused by its name. How a folder is written so that no
-adapter is ever lost is `adapter_folder.py`. Verified against peft 0.18 and 0.21.
+adapter is ever lost is `adapter_folder.py`; what `inspect` tells of one that is broken,
+`adapter_report.py`. Verified against peft 0.18 and 0.21.
+
+    python -m peftlab.peft_files FOLDER    # what is in it, and what is wrong with it
 """
 
-import inspect
 import json
 import math
 import re
 from hashlib import sha256
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -117,6 +120,26 @@ def load(model, folder):
     return model if adapted is plain else adapted
 
 
+def inspect(folder, model=None):
+    """Say what an adapter's folder holds, and what is wrong with it; load nothing.
+
+    Args:
+        folder: the adapter's, written here or by peft.
+        model: the plain base; then names and shapes are compared with its layers too.
+
+    Returns:
+        A report. Its `str` says what the folder holds, with a sentence for each fault;
+        `problems` is a tuple of these sentences, and `ok` is True if there is none.
+
+    Raises:
+        ValueError: for what is no path of a folder, and no plain model. A broken
+            folder raises nothing.
+    """
+    from . import adapter_report  # it takes the tables below
+
+    return adapter_report.report(folder, model)
+
+
 def _load(model, folder):
     """`load` on the plain base."""
     config, tensors = adapter_folder.read(folder, _digest)
@@ -175,7 +198,7 @@ def _task(base):
 
 def _takes_what_peft_hands_on(base, task):
     """Whether peft's class for the task runs the base: it hands on token ids alone."""
-    inputs = inspect.signature(base.forward).parameters.keys()
+    inputs = signature(base.forward).parameters.keys()
     if task == "SEQ_2_SEQ_LM":
         text = not inputs & NO_TEXT
         return "input_ids" in inputs and text and _config_of(base, "is_encoder_decoder")
@@ -776,3 +799,11 @@ def _digest(config):
         settings[key] = sorted(value) if isinstance(value, list) else value
     text = json.dumps(settings, sort_keys=True)
     return sha256(text.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from peftlab import adapter_report
+
+    adapter_report.main(sys.argv[1:])

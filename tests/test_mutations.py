@@ -17,7 +17,7 @@ from tools import standalone
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peftlab"
 NAMES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem[0] != "_")
-FILES = ("adapter_folder", "peft_files", "bnb_files", "surgery")
+FILES = ("adapter_folder", "adapter_report", "peft_files", "bnb_files", "surgery")
 NAMES = [n for n in NAMES if n not in FILES]
 LAWS = {name: importlib.import_module(f"test_{name}") for name in NAMES}
 LAWS["surgery"] = importlib.import_module("test_every_method")  # broken in lora's file

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +35,8 @@ PAGES = {  # a chapter, and the recipes that its page shows
     "02_lora": ["02_lora.py"],
     "03_learning_and_forgetting": ["03_replay.py"],
     "04_why_low_rank": ["04_rank.py"],
+    "06_save_merge_swap": ["06_swap.py"],
+    "10_bitfit_norms_ia3": ["10_ia3.py"],
     "11_what_training_costs": ["11_peak_memory.py"],
 }
 TEMPLATE = (
@@ -222,6 +224,110 @@ def test_a_head_beside_the_adapter_is_not_left_out_of_a_smaller_one(trained):
             recipe["refuse"](config, tensors | {other: None}, 4)
 
 
+@pytest.fixture(scope="module")
+def two(trained, tmp_path_factory):
+    """The stand-in's adapter first/, and an rsLoRA in another/, far from it."""
+    folder, _ = trained
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(load(folder), config)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        p.data += p.requires_grad * 0.2 * torch.randn(p.shape)
+    model.save_pretrained(folder / "another")
+    return folder
+
+
+def answer_of(out, name):
+    return re.search(rf"^{name}: ?(.*)$", out, re.M)[1]
+
+
+def test_adapters_swapped_on_one_base_and_added_exactly(two, tmp_path):
+    adapters = ("--adapters", "first", "another")
+    common = (*quick(two, tmp_path / "both"), *adapters)
+    out = run(two, "06_swap.py", *common)
+    answers = {answer_of(out, name) for name in ("first", "another", "none")}
+    assert len(answers) == 3, f"each adapter answers in its own way: {out}"
+    assert not (tmp_path / "both").exists(), "nothing is saved unasked"
+
+    out = run(two, "06_swap.py", *common, "--weights", 0.5, -2)
+    assert "2 adapters of rank 20 together" in out
+    assert answer_of(out, "first") in answers
+    paths = [n.removesuffix(".lora_A") for n, _ in load(two, "first").named_modules()]
+    paths = {p for p in paths if p.endswith("_proj")}
+    one, other = (load(two, name) for name in ("first", "another"))
+    both = load(two, tmp_path / "both")
+    for path in paths:
+        changes = [
+            m.get_submodule(path).get_delta_weight("default")
+            for m in (one, other, both)
+        ]
+        want = 0.5 * changes[0] - 2 * changes[1]
+        assert torch.allclose(changes[2], want, atol=1e-5 * want.abs().max().item())
+    assert len(paths) == 2 * 7
+
+
+def test_one_adapter_at_weight_1_is_itself(two, tmp_path):
+    for name in ("first", "another"):
+        alone = tmp_path / name
+        common = (*quick(two, alone), "--adapters", name, "--weights", 1)
+        out = run(two, "06_swap.py", *common)
+        assert answer_of(out, re.escape(str(alone))) == answer_of(out, name)
+        gap = logits(load(two, alone)) - logits(load(two, name))
+        assert gap.abs().max() < 1e-4
+
+
+SWAPPED_WRONGLY = {  # adapters, arguments, a setting changed, what is said
+    "a weight too few": ("first another", (0.5,), {}, "as many --weights"),
+    "no such adapter": ("first nowhere", (1, 1), {}, "nowhere has no adapter_model"),
+    "DoRA": (
+        "first another",
+        (1, 1),
+        dict(use_dora=True),
+        "only plain LoRA .* use_dora",
+    ),
+    "a rank of its own": (
+        "first another",
+        (1, 1),
+        dict(rank_pattern={"q_proj": 2}),
+        "rank_pattern",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED_WRONGLY)
+def test_what_does_not_add_up_is_refused_before_anything_is_written(
+    two, name, tmp_path
+):
+    adapters, weights, settings, said = SWAPPED_WRONGLY[name]
+    file = two / "another" / "adapter_config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | settings))
+    common = (*quick(two, tmp_path / "new"), "--adapters", *adapters.split())
+    try:
+        with pytest.raises(SystemExit, match=said):
+            run(two, "06_swap.py", *common, "--weights", *weights)
+    finally:
+        file.write_text(before)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_sum_overwrites_no_folder_and_wants_the_same_layers(two, tmp_path):
+    common = (*quick(two, "first"), "--adapters", "first", "--weights", 1)
+    with pytest.raises(SystemExit, match="first is there already"):
+        run(two, "06_swap.py", *common)
+    recipe = runpy.run_path(str(RECIPES / "06_swap.py"))
+    config, tensors = recipe["read"](two / "first")
+    fewer = dict(list(tensors.items())[2:])
+    with pytest.raises(SystemExit, match="not on the same layers"):
+        recipe["combine"]([(config, tensors), (config, fewer)], [1, 1])
+
+
 def test_replay_refuses_a_share_of_one_and_too_few_general_records(stand_in):
     common = quick(stand_in, "refused")
     with pytest.raises(SystemExit, match="below 1"):
@@ -229,6 +335,40 @@ def test_replay_refuses_a_share_of_one_and_too_few_general_records(stand_in):
     with pytest.raises(SystemExit, match="152 general records wanted, 38 there"):
         run(stand_in, "03_replay.py", *common, "--share", 0.8)
     assert not (stand_in / "refused").exists()
+
+
+def test_ia3_trains_its_scales_and_folds_them_in(stand_in, tmp_path):
+    common = (*quick(stand_in, tmp_path / "tenth"), "--rate", 0.1)
+    out = run(stand_in, "10_ia3.py", *common, "--folded", tmp_path / "folded")
+    assert_it_learned(out)
+    tensors = load_file(tmp_path / "tenth" / "adapter_model.safetensors")
+    inner = 128 + 2 * 64 // 2  # of a layer: the MLP's units, its keys and values
+    assert sum(t.numel() for t in tensors.values()) == 2 * inner
+    sides = {name.split(".")[-2]: tuple(t.shape) for name, t in tensors.items()}
+    assert sides == dict(k_proj=(32, 1), v_proj=(32, 1), down_proj=(1, 128))
+
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").float()
+    ours = logits(load(stand_in, tmp_path / "tenth"))
+    off = (logits(folded) - ours).norm()
+    moved = (logits(load(stand_in)) - ours).norm()
+    assert off < 0.1 * moved, f"folded differs by {off:.3g}, the base by {moved:.3g}"
+
+
+SCALED_WRONGLY = {  # arguments, and what is said
+    "no such layer": (("--outputs", "key"), "has no layer called key"),
+    "one wrong name of three": (("--outputs", "k_proj", "wo"), "no layer called wo"),
+    "a layer on both sides": (("--outputs", "k_proj", "down_proj"), "down_proj is in"),
+    "no rate": (("--rate", 0), "above 0, not 0"),
+}
+
+
+@pytest.mark.parametrize("name", SCALED_WRONGLY)
+def test_scales_that_would_miss_their_layers_are_refused(stand_in, name, tmp_path):
+    arguments, said = SCALED_WRONGLY[name]
+    common = quick(stand_in, tmp_path / "new")
+    with pytest.raises(SystemExit, match=said):
+        run(stand_in, "10_ia3.py", *common, *arguments)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_calculator_beside_the_measured_peak(stand_in):

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peftlab"
 SHARED = "surgery"
-NO_METHODS = {SHARED, "adapter_folder", "peft_files", "bnb_files"}
+NO_METHODS = {SHARED, "adapter_folder", "adapter_report", "peft_files", "bnb_files"}
 NAMES = sorted({p.stem for p in PACKAGE.glob("[a-z]*.py")} - NO_METHODS)
 NOTE = "# What follows is no part of the method: it is from peftlab/surgery.py."
 EARLY = "# Needed at once, and no part of the method: it is from peftlab/surgery.py."
