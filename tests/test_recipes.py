@@ -36,6 +36,7 @@ PAGES = {  # a chapter, and the recipes that its page shows
     "03_learning_and_forgetting": ["03_replay.py"],
     "04_why_low_rank": ["04_rank.py"],
     "06_save_merge_swap": ["06_swap.py"],
+    "09_prompt_and_prefix": ["09_prompt.py"],
     "10_bitfit_norms_ia3": ["10_ia3.py"],
     "11_what_training_costs": ["11_peak_memory.py"],
 }
@@ -369,6 +370,33 @@ def test_scales_that_would_miss_their_layers_are_refused(stand_in, name, tmp_pat
     with pytest.raises(SystemExit, match=said):
         run(stand_in, "10_ia3.py", *common, *arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_prompt_starts_as_an_instruction_and_is_all_that_is_trained(stand_in):
+    common = (*quick(stand_in, "prompted"), "--rate", 0.3, "--epochs", 6)
+    out = run(stand_in, "09_prompt.py", *common, "--start", "fi: ", "--vectors", 8)
+    assert_it_learned(out)
+    assert "trainable params: 512 ||" in out, "8 vectors, 64 wide"
+    tensors = load_file(stand_in / "prompted" / "adapter_model.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "prompt_embeddings": (8, 64)
+    }
+
+
+PROMPTED_WRONGLY = {  # arguments, what is said
+    "no instruction": (("--start", " "), "--start is empty"),
+    "an instruction cut off": (("--start", "fi: 2026", "--vectors", 2), "too many for"),
+    "no vectors": (("--start", "fi: ", "--vectors", 0), "too many for 0"),
+    "no room for the text": (("--vectors", 60), "60 vectors are over half"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTED_WRONGLY)
+def test_a_prompt_that_cannot_be_is_refused(stand_in, name):
+    arguments, said = PROMPTED_WRONGLY[name]
+    with pytest.raises(SystemExit, match=said):
+        run(stand_in, "09_prompt.py", *quick(stand_in, "none"), *arguments)
+    assert not (stand_in / "none").exists()
 
 
 def test_the_calculator_beside_the_measured_peak(stand_in):
