@@ -1,4 +1,4 @@
-"""The long sweeps, one after the other: `make results` (three hours on two cores).
+"""The long sweeps, one after the other: `make results` (four hours on two cores).
 
 `make results ONLY=finnish` runs one. The benches are `make bench`.
 """
@@ -17,6 +17,7 @@ SWEEPS = (
     "qlora",
     "memory",
     "icd",
+    "rank_alpha_rate",
 )
 
 
