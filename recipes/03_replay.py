@@ -31,8 +31,6 @@ def loss(model, tokenizer, records):
 
 def train(model, tokenizer, records, held_out, args):
     general = qlora_llm.read(args.general, tokenizer, args.length)
-    rng = random.Random(0)
-    rng.shuffle(general)
     kept_out = general[: max(1, len(general) // 20)]
     general = general[len(kept_out) :]
     wanted = round(len(records) * args.share / (1 - args.share))
@@ -42,7 +40,7 @@ def train(model, tokenizer, records, held_out, args):
         )
 
     mixed = records + general[:wanted]
-    rng.shuffle(mixed)
+    random.Random(0).shuffle(mixed)
     print(f"{len(records)} records, {len(mixed) - len(records)} general ones")
 
     before = loss(model, tokenizer, kept_out)

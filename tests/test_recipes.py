@@ -146,6 +146,7 @@ def test_lora_in_16_bits_and_the_merged_model(stand_in):
     more = ("--merged", "merged")
     out = run(stand_in, "02_lora.py", *quick(stand_in, "second"), *more)
     assert_it_learned(out)
+    assert answer_of(out, "merged") != answer_of(out, "without it"), out
     merged = AutoModelForCausalLM.from_pretrained(stand_in / "merged").float()
     ours = logits(load(stand_in, "second"))
     off = (logits(merged) - ours).norm()

@@ -302,7 +302,7 @@ class Task:
         model = self.fresh("everything" if row == "head" else row, seed)
         if row == "head":
             model.bert.requires_grad_(False)
-        model = self.train(row, 1e-3, 1e-2, seed, model, FEW)
+        model = self.train(row, *START["LoRA"], seed, model, FEW)
         pairs = icd.diagnoses("test", 40)
         given = self.predict(model, pairs)
         share = sum(a == c for a, (_, c) in zip(given, pairs, strict=True)) / len(pairs)

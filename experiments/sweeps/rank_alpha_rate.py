@@ -12,14 +12,15 @@ everything:
 
 Each row of the last four has a learning rate of its own: from a start the search moves
 half a decade at a time until the best on dev records has a worse one on either side.
-Some fifty minutes on two free cores."""
+It has not yet been run whole; by the pace of its first 88 runs it takes an hour or two
+on two cores."""
 
 import torch
 
-from experiments.common import TARGETS, store, sweep
+from experiments.common import TARGETS, best_rate, store, sweep
+from experiments.sweeps.finnish import linears
 from peftlab import lora, lora_plus
 from peftlab.kit import base_models, data
-from peftlab.kit.results import share
 from peftlab.kit.train import collate, train
 
 SEEDS = range(5)
@@ -119,15 +120,6 @@ def graded(model, tokenizer, records):
     return "".join("01"[bit] for bit in right.all(1)), out.loss.item()
 
 
-def linears(model):
-    """{name: weight} of the linear layers in the decoder's blocks."""
-    return {
-        name: p.detach()
-        for name, p in model.named_parameters()
-        if p.dim() == 2 and ".layers." in name
-    }
-
-
 def curves():
     """Every rank at every learning rate, under every scaling."""
     jobs = {}
@@ -163,7 +155,7 @@ def searched(part):
         title = f"rank, alpha, rate: {part}"
         found = sweep(one_run, list(jobs.values()), title)
         runs = [
-            dict(row=row) | result
+            dict(method=row) | result
             for (row, _, _), result in zip(jobs, found, strict=True)
         ]
         moved = {row: best_rate(runs, row) for row in rows}
@@ -176,17 +168,6 @@ def neighbourhood(rate):
     """A learning rate with the one below and the one above it."""
     place = GRID.index(rate)
     return GRID[place - 1 : place + 2]
-
-
-def best_rate(runs, row):
-    """The learning rate with the best mean on dev records."""
-    mine = [run for run in runs if run["row"] == row]
-    rates = sorted({run["lr"] for run in mine})
-
-    def score(lr):
-        return sum(share(run["dev"]) for run in mine if run["lr"] == lr)
-
-    return max(rates, key=score)
 
 
 def main():
