@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
 WIDTH = 79
-LONGEST, LONGEST_CHECK = 25, 100  # lines of a cell
+LONGEST, LONGEST_CHECK = 25, 80  # lines of a cell
 TALK = {
     "bookkeeping": r"\bfigures\.|\bresults\.Figures\b|the text says",
     "a word for a tool": r"#\s*noqa|#\s*fmt:",
