@@ -629,3 +629,24 @@ def test_the_command_prints_the_report_and_its_status_says_whether(
     for arguments in ([str(tmp_path / "none")], [], ["one", "two"]):
         with pytest.raises(SystemExit, match="no folder|one argument") as end:
             adapter_report.main(arguments)  # a text as the code: the status is 1
+
+
+@pytest.mark.parametrize(
+    "header", [{"a": {}}, {"a": 3}, [], {"a": {"data_offsets": 1}}]
+)
+def test_a_malformed_header_is_a_sentence(tmp_path, header):
+    text = json.dumps(header).encode()
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    found = peft_files.inspect(tmp_path)
+    assert any("is damaged" in problem for problem in found.problems), found
+
+
+def test_odd_names_and_huge_numbers_are_sentences(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"x.prompt_embeddings": torch.ones(2, 3)}, file)
+    for kind in ("LORA", "PROMPT_TUNING", "PREFIX_TUNING"):
+        config = dict(peft_type=kind, r=10**400, lora_alpha=1, num_virtual_tokens=2)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        found = peft_files.inspect(tmp_path)
+        assert not found.ok and str(found)
