@@ -82,6 +82,7 @@ results: $(SETUP)  ## run the long sweeps again (four hours)
 bench: $(SETUP)  ## time all beside peft and bitsandbytes (half an hour, quiet machine)
 	$(OFFLINE) $(BIN)/python -m experiments.benches.methods
 	$(OFFLINE) $(BIN)/python -m experiments.benches.quantization
+	$(OFFLINE) $(BIN)/python -m experiments.benches.adapter_latency
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)

@@ -9,7 +9,9 @@ import copy
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import transformers as tf
@@ -32,8 +34,9 @@ from torch.nn.functional import gelu, relu, silu
 
 from peftlab import adapter as reference
 from peftlab import bitfit, lora, multi_lora
-from peftlab.kit import base_models
+from peftlab.kit import base_models, results
 
+ROOT = Path(__file__).parents[1]
 SITE, MLP = "encoder.layer.1.output", "model.layers.1.mlp"
 READS = {  # u, from h, x and the norm that follows, and s
     "houlsby": (lambda h, x, norm: h, 1),
@@ -549,6 +552,18 @@ def test_the_functions_say_so_where_there_is_no_adapter():
         refused(nn.DataParallel(model), "wrapped by", function, *more)
         refused(None, "nn.Module", function, *more)
     refused(model, "'de'", reference.state_dict, "de")
+
+
+# The script with the library, which `make adapterhub` runs
+
+
+def test_chapter_08_shows_the_librarys_script_and_what_it_printed():
+    book = nbformat.read(ROOT / "notebooks" / "08_adapters.ipynb", 4)
+    text = "\n".join(c.source for c in book.cells if c.cell_type == "markdown")
+    script = (ROOT / "tools" / "adapterhub_example.py").read_text("utf8").strip()
+    printed = "\n".join(results.load("adapterhub")["example"])
+    assert f"```python\n{script}\n```" in text
+    assert f"```text\n{printed}\n```" in text
 
 
 # adapter.py copied alone, for tests/test_standalone.py

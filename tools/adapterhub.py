@@ -6,7 +6,9 @@
 On small random models in float32, in eval mode, with the library's own settings: the
 outputs and the adapters' gradients, once with our weights moved to the library's model,
 once the other way round. A gap is the largest difference as a share of the largest
-number. Exit 1 if a gap is above 1e-5, a count differs, or the stored file says other.
+number. The script that chapter 08 shows, adapterhub_example.py, runs too, and what it
+prints is stored. Exit 1 if a gap is above 1e-5, a count differs, or the stored file
+says other.
 """
 
 import argparse
@@ -14,7 +16,9 @@ import copy
 import json
 import logging
 import platform
+import subprocess
 import sys
+import tempfile
 import types
 import warnings
 from pathlib import Path
@@ -40,6 +44,8 @@ sys.path.insert(0, str(ROOT))
 from tools import standalone
 
 STORED = ROOT / "book" / "results" / "adapterhub.json"
+EXAMPLE = ROOT / "tools" / "adapterhub_example.py"
+TINY_DECODER = ROOT / "peftlab" / "models" / "tiny-decoder"
 BOUND = 1e-5
 WIDTH = 64
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -215,6 +221,16 @@ def measure():
     return found
 
 
+def example():
+    """The answers that the script of chapter 08 prints, its last two lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(EXAMPLE), str(TINY_DECODER)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{EXAMPLE.name} failed:\n{done.stderr}")
+    return done.stdout.splitlines()[-2:]
+
+
 def complaints(found, stored):
     """What is wrong, one line each; `stored` is None where nothing is stored yet."""
     for key, value in found.items():
@@ -234,9 +250,12 @@ def main(store):
     logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns in train_adapter
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="`past_key_value` is deprecated")
-    found = measure()
-    stored = json.loads(STORED.read_text("utf8"))["figures"] if not store else None
-    if wrong := list(complaints(found, stored)):
+    found, answers = measure(), example()
+    kept = json.loads(STORED.read_text("utf8")) if not store else None
+    wrong = list(complaints(found, kept and kept["figures"]))
+    if kept and answers != kept.get("example"):
+        wrong.append(f"{EXAMPLE.name} prints {answers}, stored: {kept.get('example')}")
+    if wrong:
         sys.exit("\n".join(wrong))
     if store:
         versions = dict(adapters=adapters.__version__, torch=torch.__version__)
@@ -246,7 +265,7 @@ def main(store):
             key: dict(value=value, tolerance=BOUND if key.startswith("gap.") else 0)
             for key, value in found.items()
         }
-        content = dict(machine=versions, figures=figures)
+        content = dict(machine=versions, figures=figures, example=answers)
         fresh = STORED.with_suffix(".tmp")  # whole or not at all
         fresh.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf8")
         fresh.replace(STORED)
