@@ -37,12 +37,16 @@ LEAVES |= dict(lora_embedding_A="lora_A", lora_embedding_B="lora_B")
 NAMES = {  # of the methods by peft's types: LORA is LoRA, which comes first
     method.peft_type: name for name, method in reversed(peft_files.METHODS.items())
 }
-WRAPPERS = {  # who puts what into a name
-    "torch.compile": r"\b()_orig_mod\.",
-    "FSDP": r"\b()_fsdp_wrapped_module\.",
-    "a checkpoint wrapper": r"\b()_checkpoint_wrapped_module\.",
+WRAPPERS = {  # what each puts into a name, and a pattern of it where it may stand
+    "torch.compile": ("_orig_mod.", r"\b()_orig_mod\."),
+    "FSDP": ("_fsdp_wrapped_module.", r"\b()_fsdp_wrapped_module\."),
+    "a checkpoint wrapper": (
+        "_checkpoint_wrapped_module.",
+        r"\b()_checkpoint_wrapped_module\.",
+    ),
     "DataParallel or DistributedDataParallel": (
-        r"^((?:base_model\.)?(?:model\.)?)module\."
+        "module.",
+        r"^((?:base_model\.)?(?:model\.)?)module\.",
     ),
 }
 
@@ -221,10 +225,13 @@ class Inspection:
     def _plain_names(self, raw):
         """The tensors by our names. What does not belong into a name is said once."""
         names = {key: key for key in raw}
-        for who, part in WRAPPERS.items():
+        for who, (word, part) in WRAPPERS.items():
             wrapped = [key for key, name in names.items() if re.search(part, name)]
             names |= {key: re.sub(part, r"\1", names[key]) for key in wrapped}
-            why = f": the model was saved inside {who}, and peft finds no such layer"
+            why = (
+                f": {who} was around the model or a part of it, and peft finds no such"
+                f" layer until {word!r} is taken out of the names"
+            )
             self._wrong_tensors(wrapped, raw, "carry a wrapper's name", why)
 
         adapters = peft_files.WITH_ADAPTERS_NAME

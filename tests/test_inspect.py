@@ -16,6 +16,7 @@ from common import MODELS, SMALL, bert, jiggle, llama, seeded
 from peft import (
     IA3Config,
     LoraConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
@@ -232,7 +233,7 @@ LORA = {  # a fault, how it is made, what is said
     "compiled outside": (renamed, ("base_", "_orig_mod.base_"), "torch.compile"),
     "DataParallel": (renamed, (".model.model.", ".model.module.model."), "DataPara"),
     "DataParallel outside": (renamed, ("base_model", "module.base_model"), "DataPara"),
-    "FSDP": (renamed, (".layers.", ".layers._fsdp_wrapped_module."), "inside FSDP"),
+    "FSDP": (renamed, (".layers.", ".layers._fsdp_wrapped_module."), "FSDP was around"),
     ".default.": (renamed, (".weight", ".default.weight"), "all 32 .*adapter's name"),
     "no prefix": (renamed, ("base_model.model.", ""), "lack peft's prefix"),
     "zero B": (zeroed, (), "B is zero in all 16 layers: the adapter changes nothing"),
@@ -371,6 +372,47 @@ def test_the_fault_is_named(fault, who, saved, tmp_path):
     with_model = peft_files.inspect(folder, deep())
     beside = "3 of the 16 layers that target_modules selects are not in the file"
     the_one(with_model, beside if fault == "layers missing" else LORA[fault][2])
+
+
+@torch.no_grad()
+def logits(folder):
+    model = PeftModel.from_pretrained(deep(), folder).eval()
+    return model(torch.arange(6)[None]).logits
+
+
+def compiled_first(folder, config):
+    base = torch.compile(deep(), backend="eager")
+    trained(base, config).save_pretrained(folder)
+
+
+def compiled_after(folder, config):
+    model = torch.compile(trained(deep(), config), backend="eager")
+    model.save_pretrained(folder)
+
+
+def trained(base, config):
+    torch.manual_seed(0)
+    model = get_peft_model(base, config)
+    jiggle(p for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def test_an_adapter_on_a_compiled_base_is_named_and_its_repair_works(tmp_path):
+    """As chapter 6 says: compile after `get_peft_model`, or repair the names."""
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    compiled_after(right, LoraConfig(r=4, **PAIR))
+    assert peft_files.inspect(right, deep()).ok
+
+    compiled_first(wrong, LoraConfig(r=4, **PAIR))
+    said = "torch.compile was around .* until '_orig_mod.' is taken out of the names"
+    the_one(peft_files.inspect(wrong), said)
+    with pytest.warns(UserWarning, match="missing adapter keys"), torch.no_grad():
+        plain = deep().eval()(torch.arange(6)[None]).logits
+        assert torch.equal(logits(wrong), plain), "peft loads nothing of it"
+
+    rewrite(wrong, lambda ts: {k.replace("_orig_mod.", ""): t for k, t in ts.items()})
+    assert peft_files.inspect(wrong, deep()).ok
+    assert torch.equal(logits(wrong), logits(right))
 
 
 BESIDE_A_MODEL = {  # a base, and what is said of an adapter for deep()
