@@ -35,7 +35,10 @@ PAGES = {  # a chapter, and the recipes that its page shows
     "02_lora": ["02_lora.py"],
     "03_learning_and_forgetting": ["03_replay.py"],
     "04_why_low_rank": ["04_rank.py"],
+    "05_rank_alpha_rate": ["05_rate.py"],
     "06_save_merge_swap": ["06_swap.py"],
+    "07_variants": ["07_variants.py"],
+    "08_adapters": ["08_adapter.py"],
     "09_prompt_and_prefix": ["09_prompt.py"],
     "10_bitfit_norms_ia3": ["10_ia3.py"],
     "11_what_training_costs": ["11_peak_memory.py"],
@@ -90,6 +93,15 @@ def run(folder, name, *arguments):
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
         runpy.run_path(str(RECIPES / name), run_name="__main__")
     return out.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_weights_stay_as_a_gpu_has_them():
+    """On a CPU with bfloat16 instructions bitsandbytes packs a layer anew at its first
+    answer, for inference alone: training after that raises, or gets no gradient."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        yield
 
 
 def quick(folder, out):
@@ -226,6 +238,41 @@ def test_a_head_beside_the_adapter_is_not_left_out_of_a_smaller_one(trained):
             recipe["refuse"](config, tensors | {other: None}, 4)
 
 
+def test_a_rate_is_looked_for_and_the_best_adapter_saved(stand_in, tmp_path):
+    common = (*quick(stand_in, tmp_path / "fifth"), "--epochs", 1, "--rank", 4)
+    out = run(stand_in, "05_rate.py", *common, "--rslora", "--runs", 4)
+    found = dict(re.findall(r"^rate (\S+): held-out loss ([\d.]+|inf)", out, re.M))
+    assert list(found)[:3] == ["0.01", "0.0033", "0.03"] and len(found) <= 4
+    best, where = re.search(r"^best: (\S+), (.*)$", out, re.M).groups()
+    found = {float(rate): float(loss) for rate, loss in found.items()}
+    assert float(best) == min(found, key=found.get), out
+    edge = float(best) in (min(found), max(found))
+    assert where == ("at an edge: not done" if edge else "worse on either side")
+
+    config = PeftConfig.from_pretrained(tmp_path / "fifth")
+    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 32, True)
+    recipe = runpy.run_path(str(RECIPES / "05_rate.py"))
+    tokenizer = AutoTokenizer.from_pretrained(stand_in / "model")
+    records = recipe["qlora_llm"].read(stand_in / "records.jsonl", tokenizer, 96)
+    again = recipe["loss"](load(stand_in, tmp_path / "fifth"), tokenizer, records[:2])
+    assert again == pytest.approx(found[float(best)], rel=0.1), "the best is saved"
+
+
+def test_a_search_goes_on_beyond_an_edge_and_ends_inside():
+    recipe = runpy.run_path(str(RECIPES / "05_rate.py"))
+    assert recipe["next_rate"]({1.0: 3, 3.0: 2, 9.0: 4}) is None
+    assert recipe["next_rate"]({1.0: 1, 3.0: 2, 9.0: 4}) == pytest.approx(1 / 3)
+    assert recipe["next_rate"]({1.0: 3, 3.0: 2, 9.0: 1}) == 27
+    assert recipe["next_rate"]({1.0: 3, 3.0: 2, 9.0: float("inf")}) is None
+
+
+@pytest.mark.parametrize("arguments", [("--runs", 2), ("--rate", 0)])
+def test_a_search_with_no_neighbours_or_no_rate_is_refused(stand_in, arguments):
+    with pytest.raises(SystemExit, match="--runs is at least 3, --rate above 0"):
+        run(stand_in, "05_rate.py", *quick(stand_in, "never"), *arguments)
+    assert not (stand_in / "never").exists()
+
+
 @pytest.fixture(scope="module")
 def two(trained, tmp_path_factory):
     """The stand-in's adapter first/, and an rsLoRA in another/, far from it."""
@@ -330,6 +377,87 @@ def test_a_sum_overwrites_no_folder_and_wants_the_same_layers(two, tmp_path):
         recipe["combine"]([(config, tensors), (config, fewer)], [1, 1])
 
 
+@pytest.fixture(scope="module")
+def variants(stand_in):
+    """{variant: (the adapter's folder, its config, its tensors, what was printed)}"""
+    found = {}
+    for name in ("lora", "rslora", "loraplus", "pissa", "dora", "vera"):
+        out = stand_in / f"variant-{name}"
+        common = (*quick(stand_in, out), "--merged", stand_in / f"merged-{name}")
+        other = dict(vera=("--rate", 0.3), rslora=("--rank", 16)).get(name, ())
+        said = run(stand_in, "07_variants.py", *common, *other, "--variant", name)
+        tensors = load_file(out / "adapter_model.safetensors")
+        found[name] = (out, PeftConfig.from_pretrained(out), tensors, said)
+    return found
+
+
+def test_every_variant_learns_and_what_vllm_takes_is_a_plain_lora(variants, stand_in):
+    for name, (_, config, tensors, said) in variants.items():
+        assert_it_learned(said)
+        plain = all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in tensors)
+        plain = plain and not getattr(config, "use_dora", False)
+        assert plain == ("vLLM loads it" in said) == (name not in ("dora", "vera"))
+        assert (stand_in / f"merged-{name}").exists() != plain
+    assert {t.dim() for t in variants["vera"][2].values()} == {1}, "no A, no B"
+
+
+def test_rslora_is_lora_at_rank_16_and_lora_plus_is_not(variants):
+    lora, rslora, plus = (variants[n][2] for n in ("lora", "rslora", "loraplus"))
+    assert variants["rslora"][1].use_rslora and variants["rslora"][1].lora_alpha == 8
+    for name, t in lora.items():
+        assert torch.allclose(t, rslora[name], atol=1e-5)
+    far = [(plus[n] - t).norm() / t.norm() for n, t in lora.items() if "lora_B" in n]
+    assert min(far) > 1, "B learns much faster"
+
+
+def test_the_alpha_of_rslora_stays_when_the_rank_changes(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    recipe = runpy.run_path(str(RECIPES / "07_variants.py"))
+    at = {r: recipe["alpha"]("rslora", r) / r**0.5 for r in (4, 16, 64)}
+    assert at == {4: 4, 16: recipe["alpha"]("lora", 16) / 16, 64: 1}
+    assert recipe["RANKS"]["rslora"] == 64, "the default is where the rule differs"
+
+
+def test_a_pissa_is_saved_as_a_lora_for_the_base_as_it_came(variants, stand_in):
+    out, config, tensors, _ = variants["pissa"]
+    assert (config.r, config.lora_alpha, config.init_lora_weights) == (32, 32, True)
+    start = load_file(stand_in / f"{out.name}-start" / "adapter_model.safetensors")
+    for name, t in tensors.items():
+        half = start[name]
+        if "lora_A" in name:
+            assert torch.equal(t[16:], half) and not torch.equal(t[:16], half)
+        else:
+            assert torch.equal(t[:, 16:], -half)
+    with torch.no_grad():
+        adapted = load(stand_in, out)
+        with adapted.disable_adapter():
+            assert torch.equal(logits(adapted), logits(load(stand_in)))
+
+
+def test_what_vllm_refuses_is_merged(variants, stand_in):
+    for name in ("dora", "vera"):
+        out, _, _, said = variants[name]
+        assert answer_of(said, "merged") != answer_of(said, "without it"), said
+        folder = stand_in / f"merged-{name}"
+        merged = AutoModelForCausalLM.from_pretrained(folder).float()
+        ours = logits(load(stand_in, out))
+        off = (logits(merged) - ours).norm()
+        assert off < 0.1 * (logits(load(stand_in)) - ours).norm()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--variant", "lora", "--rank", 0), "at least 1, not 0"),
+        (("--variant", "loraplus", "--ratio", 0), "above 0, not 0"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(stand_in, arguments, said):
+    with pytest.raises(SystemExit, match=said):
+        run(stand_in, "07_variants.py", *quick(stand_in, "none"), *arguments)
+    assert not (stand_in / "none").exists()
+
+
 def test_replay_refuses_a_share_of_one_and_too_few_general_records(stand_in):
     common = quick(stand_in, "refused")
     with pytest.raises(SystemExit, match="below 1"):
@@ -354,6 +482,44 @@ def test_ia3_trains_its_scales_and_folds_them_in(stand_in, tmp_path):
     off = (logits(folded) - ours).norm()
     moved = (logits(load(stand_in)) - ours).norm()
     assert off < 0.1 * moved, f"folded differs by {off:.3g}, the base by {moved:.3g}"
+
+
+@pytest.mark.parametrize("placement, number", [("parallel", 1), ("houlsby", 2)])
+def test_a_bottleneck_adapter_is_saved_with_its_settings(
+    stand_in, tmp_path, placement, number
+):
+    common = (*quick(stand_in, tmp_path / "eighth"), "--placement", placement)
+    out = run(stand_in, "08_adapter.py", *common, "--bottleneck", 16)
+    assert_it_learned(out)
+    size = 2 * number * (2 * 16 * 64 + 64 + 16)  # of two layers, 64 wide
+    assert f"{size:,} parameters are trained" in out
+
+    recipe = runpy.run_path(str(RECIPES / "08_adapter.py"))
+    model = recipe["put_on"](load(stand_in), tmp_path / "eighth")
+    tensors = recipe["adapter"].state_dict(model)
+    assert sum(t.numel() for t in tensors.values()) == size
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    with_it = logits(model)
+    base = logits(load(stand_in))
+    assert (with_it - base).abs().max() > 1e-3, "the saved one works"
+    assert torch.equal(logits(recipe["adapter"].activate(model, [])), base)
+
+
+ADAPTED_WRONGLY = {  # arguments, what is said
+    "no such placement": (("--placement", "serial"), "placement must be one of"),
+    "no width": (("--bottleneck", 0), "bottleneck must be a whole number"),
+    "no rate": (("--rate", 0), "above 0, not 0"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED_WRONGLY)
+def test_an_adapter_that_cannot_be_is_refused_before_the_model_is_loaded(
+    stand_in, name, tmp_path
+):
+    arguments, said = ADAPTED_WRONGLY[name]
+    with pytest.raises(SystemExit, match=said):
+        run(stand_in, "08_adapter.py", *quick(stand_in, tmp_path / "never"), *arguments)
+    assert not (tmp_path / "never").exists()
 
 
 SCALED_WRONGLY = {  # arguments, and what is said

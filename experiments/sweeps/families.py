@@ -1,21 +1,38 @@
-"""Every method of the book on one new language: does it learn?
+"""Every method of the book, and full fine-tuning, on two tasks.
 
-Finnish dates, 200 steps of 16, each method at its own learning rate: a sweep half a
-decade apart, two seeds a rate (five for full fine-tuning, which the others are measured
-against), scored on dev records, widened until the best rate is inside it; then five
-seeds at that rate, scored on test records, against the frozen base. Gradients are not
-clipped.
+- `finnish`: tiny-decoder parses Finnish dates, 200 steps of 16, gradients clipped at 1;
+- `icd`: MiniLM names the chapter of a diagnosis, as in `icd`: 100 steps of 32, and 1e-2
+  for the new head, which was best there for the head alone, LoRA and full fine-tuning.
+  These three are taken from `icd`; a prefix has no place in an encoder.
+
+Every method has a learning rate of its own. From a start the search moves half a decade
+at a time until the best on dev records has a worse one on either side, first with two
+seeds, then with five. Only the runs at the best rate are scored on test records.
 
 Prompt tuning is another question: a prompt cannot teach a language, so it is asked to
 stand in for an instruction, "fr: 2026-03-12 = 12 mars 2026" without its "fr:", and the
-same in Finnish, which the base does not know. Some forty minutes on two cores."""
+same in Finnish, which the base does not know.
 
+At the end, alone and turn by turn, what a step of each costs on MiniLM, in time and
+memory. The dates take forty minutes on two cores, the diagnoses an hour or more; they
+are stored as each group of methods ends. `costs` alone, five minutes:
+
+    python -m experiments.sweeps.families costs
+"""
+
+import copy
 import dataclasses
 import functools
+import statistics
+import sys
 
 import torch
+from safetensors.torch import save
+from transformers import logging as transformers_logging
 
-from experiments.common import scores, store, sweep
+from experiments.common import BASES, SCRATCH, records, store, sweep
+from experiments.sweeps import icd as chapters
+from experiments.sweeps.finnish import linears
 from peftlab import (
     adapter,
     bitfit,
@@ -28,194 +45,469 @@ from peftlab import (
     prompt,
     vera,
 )
-from peftlab.kit import base_models, data, measure, plot, results
-from peftlab.kit.results import share, shares, table, where
-from peftlab.kit.train import train
+from peftlab.kit import base_models, data, icd, measure, plot, results
+from peftlab.kit.results import share, shares, where
+from peftlab.kit.train import collate, train
 from tools.figures import refresh_pages, save_picture
 
-LADDER = [float(f"{digit}e{power}") for power in range(-6, 3) for digit in (1, 3)]
+GRID = [float(f"{m}e{i}") for i in range(-6, 2) for m in (1, 3)]
 ALL, KEYS = "all-linear", ["k_proj", "v_proj"]
-METHODS = {  # {name: (how it is added, the learning rates to start from)}
-    "full": (lambda m: m, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "LoRA": (lambda m: lora.add(m, ALL, r=8, alpha=16), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "LoRA+": (lambda m: lora.add(m, ALL, r=8, alpha=16), (3e-4, 1e-3, 3e-3, 1e-2)),
-    "DoRA": (lambda m: dora.add(m, ALL, r=8, alpha=16), (1e-3, 3e-3, 1e-2, 3e-2)),
-    "PiSSA": (lambda m: pissa.add(m, ALL, r=8), (3e-4, 1e-3, 3e-3, 1e-2)),
-    "VeRA": (lambda m: vera.add(m, ALL, r=128), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "adapter, Houlsby": (
-        lambda m: adapter.add(m, "houlsby", bottleneck=32),
-        (1e-3, 3e-3, 1e-2, 3e-2),
-    ),
+LAST = [f"encoder.layer.{i}.output.dense" for i in range(6)]  # of each MLP in MiniLM
+METHODS = {  # {name: (module, how it is added, start on finnish, start on icd)}
+    "full": (None, {}, 3e-3, None),
+    "LoRA": (lora, dict(targets=ALL, r=8, alpha=16), 1e-2, None),
+    "rsLoRA": (lora, dict(targets=ALL, r=8, alpha=16, rslora=True), 3e-3, 3e-4),
+    "LoRA+": (lora, dict(targets=ALL, r=8, alpha=16), 3e-3, 3e-4),
+    "DoRA": (dora, dict(targets=ALL, r=8, alpha=16), 1e-2, 1e-3),
+    "PiSSA": (pissa, dict(targets=ALL, r=8), 1e-2, 3e-4),
+    "VeRA": (vera, dict(targets=ALL, r=128), 1e-1, 1e-2),
+    "adapter, Houlsby": (adapter, dict(placement="houlsby", bottleneck=32), 1e-2, 1e-3),
     "adapter, Pfeiffer": (
-        lambda m: adapter.add(m, "pfeiffer", bottleneck=64),
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        adapter,
+        dict(placement="pfeiffer", bottleneck=64),
+        1e-2,
+        1e-3,
     ),
     "adapter, parallel": (
-        lambda m: adapter.add(m, "parallel", bottleneck=64),
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        adapter,
+        dict(placement="parallel", bottleneck=64),
+        1e-2,
+        1e-3,
     ),
-    "IA3": (lambda m: ia3.add(m, KEYS, ["down_proj"]), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "BitFit": (lambda m: bitfit.add(m, create=True), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "norms": (bitfit.add_norms, (1e-2, 3e-2, 1e-1, 3e-1)),
-    "prefix": (lambda m: prefix.add(m, 16), (1e-2, 3e-2, 1e-1, 3e-1)),
-    "prefix, MLP": (
-        lambda m: prefix.add(m, 16, hidden=128),
-        (3e-4, 1e-3, 3e-3, 1e-2),
-    ),
+    "IA3": (ia3, dict(targets=KEYS, feedforward=["down_proj"]), 3e-1, 1e-2),
+    "BitFit": (bitfit, dict(create=True), 1e-1, 3e-3),
+    "norms": (bitfit, {}, 1e-1, 1e-2),
+    "prefix": (prefix, dict(n=16), 1e-1, None),
+    "prefix, MLP": (prefix, dict(n=16, hidden=128), 3e-2, None),
 }
+ON_MINILM = {  # what differs there
+    "IA3": dict(targets=["key", "value"], feedforward=LAST),
+    "BitFit": dict(create=False),
+    "VeRA": dict(targets=ALL, r=256),
+}
+FROM_ICD = {"head": "head", "LoRA": "LoRA", "full": "everything"}
+GROUPS = (
+    ("rsLoRA", "LoRA+", "DoRA", "PiSSA", "VeRA"),
+    ("adapter, Houlsby", "adapter, Pfeiffer", "adapter, parallel"),
+    ("IA3", "BitFit", "norms"),
+)
 PROMPTS = {"prompt, French": "fr", "prompt, Finnish": "fi"}  # {name: language}
-TOKENS, PROMPT_RATES = 4, (1e-2, 3e-2, 1e-1, 3e-1)
-SEEDS, STEPS, BATCH = range(5), 200, 16
-TUNED_ON = {"full": SEEDS}  # {name: seeds a rate}; two for the others
+TOKENS, PROMPT_RATE = 4, 3e-2
+# Points on GSM8K in peft's own method_comparison, July 2026: Llama-3.2-3B, one seed.
+PEFT = {
+    "rsLoRA": 51.3,
+    "LoRA": 47.8,
+    "full": 47.2,
+    "DoRA": 46.9,
+    "IA3": 45.5,
+    "prefix": 41.6,
+    "VeRA": 35.4,
+}
+STAGES, STEPS, BATCH, HEAD = (2, 5), 200, 16, 1e-2
+SETS = {"dev": ("fi", 180, "dev"), "learned": ("fi", 400, "test")}
+
+
+def add(name, model, **settings):
+    """A method on a model, in place: what it trains has requires_grad."""
+    module, usual, _, _ = METHODS[name]
+    if module is None:
+        return model
+    if name == "norms":
+        return bitfit.add_norms(model)
+    return module.add(model, **usual | settings)
+
+
+# ---- Finnish dates
+
+
+def finnish(job):
+    """One run: (name, learning rate, seed) -> bits of each set, what was trained."""
+    name, lr, seed = job
+    torch.set_num_threads(1)
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    base = {path: weight.clone() for path, weight in linears(model).items()}
+    torch.manual_seed(seed)
+    if name in PROMPTS:
+        model = prompt.add(model, TOKENS)
+        draw = functools.partial(rendered, PROMPTS[name])
+    else:
+        model = add(name, model)
+        draw = functools.partial(data.records, "dates", "fi")
+    groups = lora_plus.parameter_groups(model, lr) if name == "LoRA+" else None
+
+    trained, _ = measure.parameters(model)
+    lines = draw(3600, "train", seed)
+    how = dict(progress=False, groups=groups)
+    train(model, tokenizer, lines, STEPS, lr, BATCH, seed, **how)
+
+    run = dict(task="finnish", method=name, lr=lr, seed=seed, trainable=trained)
+    run["dev"] = graded(model, tokenizer, draw(180, "dev"))
+    run["learned"] = graded(model, tokenizer, draw(400, "test"))
+    if name in PROMPTS:
+        return run
+    run["base"] = graded(model, tokenizer, records("dates", BASES, 40, "test"))
+    run["refuse"] = graded(model, tokenizer, records("refuse", BASES, 20, "test"))
+    run["file"] = len(save(kept(name, model)))
+    if hasattr(METHODS[name][0], "merge"):
+        METHODS[name][0].merge(model)
+    if name not in ("prefix", "prefix, MLP") and not name.startswith("adapter"):
+        run["change"] = moved(base, linears(model))
+    return run
 
 
 def rendered(language, n, split, seed=0):
     """Dates to be written out in a language that nothing in the prompt names."""
-    records = data.records("render", language, n, split, seed)
-    mute = (r.text.removeprefix(f"{language}: ") for r in records)
-    return [dataclasses.replace(r, text=t) for r, t in zip(records, mute, strict=True)]
+    told = data.records("render", language, n, split, seed)
+    mute = (r.text.removeprefix(f"{language}: ") for r in told)
+    return [dataclasses.replace(r, text=t) for r, t in zip(told, mute, strict=True)]
 
 
-def bits(model, tokenizer, records):
-    return "".join("01"[x] for x in measure.answered(model, tokenizer, records))
+@torch.no_grad()
+def graded(model, tokenizer, lines):
+    """A bit for each record that greedy decoding answers right.
+
+    Greedy decoding gives the right answer where each of its tokens, the end token too,
+    is the likeliest after those before it. So one forward pass grades all."""
+    batch = collate(lines, tokenizer)
+    labels = batch["labels"]
+    logits = model(**batch).logits[:, -labels.shape[1] :]  # after a prompt's own
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
+    return "".join("01"[bit] for bit in right.all(1))
 
 
-def one(job):
-    """One run: (name, rate, seed, whether to score on test records)."""
-    name, lr, seed, test = job
-    torch.set_num_threads(1)
-    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
-    torch.manual_seed(seed)
-    language = PROMPTS.get(name, "fi")
-    make = functools.partial(rendered if name in PROMPTS else dates, language)
-    if name in PROMPTS:
-        model = prompt.add(model, TOKENS)
-    else:
-        model = METHODS[name][0](model)
-    groups = lora_plus.parameter_groups(model, lr) if name == "LoRA+" else None
-    trainable, _ = measure.parameters(model)
-    options = dict(progress=False, groups=groups, max_grad_norm=None)
-    train(
-        model, tokenizer, make(3600, "train", seed), STEPS, lr, BATCH, seed, **options
-    )
-    run = dict(method=name, lr=lr, seed=seed, trainable=trainable)
-    if not test:
-        return run | dict(dev=bits(model, tokenizer, make(180, "dev")))
-    if name in PROMPTS:
-        return run | dict(learned=bits(model, tokenizer, make(400, "test")))
-    return run | scores(model, tokenizer, ["fi"], 400)
+def kept(name, model):
+    """The tensors that a method's file holds."""
+    module = METHODS[name][0]
+    tensors = module.state_dict(model) if module else model.state_dict()
+    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
 
 
-def dates(language, n, split, seed=0):
-    return data.records("dates", language, n, split, seed)
+def moved(before, after):
+    """||dW|| / ||W||, the mean over the linear layers."""
+    sizes = [(after[p] - w).norm() / w.norm() for p, w in before.items()]
+    return torch.stack(sizes).mean().item()
 
 
-def best_rates(names):
-    """Sweep all methods, widening each one's rates until the best is inside them."""
-    grids = {n: METHODS[n][1] if n in METHODS else PROMPT_RATES for n in names}
-    runs, todo = [], {n: list(rates) for n, rates in grids.items()}
-    while todo:
-        jobs = [
-            (n, lr, seed, False)
-            for n in todo
-            for lr in todo[n]
-            for seed in TUNED_ON.get(n, (0, 1))
-        ]
-        runs += sweep(one, jobs, "learning rates")
-        best, todo = {n: _best(runs, n) for n in grids}, {}
-        for n, lr in best.items():
-            tried = sorted({r["lr"] for r in runs if r["method"] == n})
-            if lr in (tried[0], tried[-1]) and share_at(runs, n, lr) > 0:
-                todo[n] = [LADDER[LADDER.index(lr) + (1 if lr == tried[-1] else -1)]]
-    return best, runs
+# ---- diagnoses
 
 
-def share_at(runs, name, lr):
-    rows = where(runs, method=name, lr=lr)
-    return sum(share(r["dev"]) for r in rows) / len(rows)
+class Task(chapters.Task):
+    """Chapter 1's task, trained in every way of ours."""
 
+    def fresh(self, row, seed):
+        torch.manual_seed(seed)
+        model = icd.MeanClassifier.from_pretrained(
+            self.folder, num_labels=len(icd.CHAPTERS)
+        )
+        if row in METHODS:
+            add(row, model.bert, **ON_MINILM.get(row, {}))
+        return model
 
-def _best(runs, name):
-    rates = sorted({r["lr"] for r in runs if r["method"] == name})
-    return max(rates, key=lambda lr: share_at(runs, name, lr))
+    def groups(self, row, model, body, head):
+        if row != "LoRA+":
+            return super().groups(row, model, body, head)
+        new = dict(params=list(model.classifier.parameters()), lr=head)
+        return [*lora_plus.parameter_groups(model.bert, body), new]
 
-
-def derive(runs, frozen):
-    """What the pages quote: each method's mean, gain over the frozen base and gap to
-    LoRA, and their intervals by a paired bootstrap over seeds and records."""
-    figures = {"frozen.base": dict(value=share(frozen["base"]), tolerance=0.05)}
-    for name in dict.fromkeys(r["method"] for r in runs):
-        mine = where(runs, method=name)
-        base = [[c == "1" for c in frozen[name]]] * len(mine)
-        gain, low, high = measure.interval(table(mine, "learned"), base)
-        found = dict(gain=gain, low=low, high=high, trainable=mine[0]["trainable"])
-        found |= dict(learned=sum(share(r["learned"]) for r in mine) / len(mine))
-        found |= dict(frozen=share(frozen[name]), rate=mine[0]["lr"])
-        seeds = shares(mine, "learned")
-        found |= dict(lowest=min(seeds), highest=max(seeds))
-        if name in METHODS:
-            lora_runs = table(where(runs, method="LoRA"), "learned")
-            gap, *ends = measure.interval(table(mine, "learned"), lora_runs)
-            found |= dict(gap=gap, gap_low=ends[0], gap_high=ends[1])
-            found |= dict(base=sum(share(r["base"]) for r in mine) / len(mine))
-            found |= dict(refuse=sum(share(r["refuse"]) for r in mine) / len(mine))
-        figures |= {
-            f"{name}.{key}": dict(value=value, tolerance=0.05)
-            for key, value in found.items()
+    def change(self, row, model):
+        """||dW|| / ||W|| of the encoder's linears, where the method folds in."""
+        module = METHODS[row][0]
+        if not hasattr(module, "merge"):
+            return None
+        merged = copy.deepcopy(model.bert)
+        module.merge(merged)
+        after = dict(merged.named_parameters())
+        before = {
+            name: weight
+            for name, weight in self.encoder.named_parameters()
+            if name.startswith("encoder.") and weight.dim() == 2
         }
-    return figures
+        return moved(before, after)
+
+
+@functools.cache
+def task():
+    """The phrases and the encoder, once for each worker."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    (SCRATCH / "families-icd").mkdir(parents=True, exist_ok=True)
+    return Task(SCRATCH / "families-icd")
+
+
+def diagnoses(job):
+    """One run: (name, learning rate, seed[, "test"])."""
+    name, lr, seed, *test = job
+    run = (task().test if test else task().run)(name, lr, HEAD, seed)
+    found = dict(task="icd", method=name, lr=lr, seed=seed, trainable=run["trained"])
+    found |= {k: run[k] for k in ("dev", "change") if run.get(k) is not None}
+    return found | (dict(learned=run["test"]) if test else {})
+
+
+# ---- the search
+
+
+def searched(run, starts, title):
+    """All runs, and {name: best learning rate}, for {name: the rate to start from}."""
+    best, tried = dict(starts), {}
+    for seeds in STAGES:
+        while True:
+            jobs = [
+                (name, lr, seed)
+                for name in best
+                for lr in neighbourhood(best[name])
+                for seed in range(seeds)
+            ]
+            found = sweep(run, jobs, title)
+            tried |= zip(jobs, found, strict=True)
+            runs = list(tried.values())
+            moved = {n: best_rate(runs, n, rate, seeds) for n, rate in best.items()}
+            if moved == best:
+                break
+            best = moved
+    return runs, best
+
+
+def neighbourhood(rate):
+    """A learning rate with the one below and the one above it."""
+    place = GRID.index(rate)
+    return GRID[place - 1 : place + 2]
+
+
+def best_rate(runs, name, rate, seeds):
+    """Of a rate and its neighbours the best on dev records; of equals the present."""
+
+    def mean(lr):
+        rows = where(runs, method=name, lr=lr)
+        return statistics.mean(dev_share(row) for row in rows if row["seed"] < seeds)
+
+    return max(neighbourhood(rate), key=lambda lr: (mean(lr), lr == rate))
+
+
+def dev_share(run):
+    return share(run["dev"]) if isinstance(run["dev"], str) else run["dev"]
+
+
+# ---- what a step costs
+
+
+def costs():
+    """Seconds and peak bytes of a step on MiniLM, and a file's bytes, by method."""
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    tokenizer = base_models.load_minilm(device="cpu")[1]
+    pairs = icd.diagnoses("train", 2)[:32]
+    batch = tokenizer([t for t, _ in pairs], padding=True, return_tensors="pt")
+    batch = dict(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=torch.tensor([chapter for _, chapter in pairs]),
+    )
+    steps, found = {}, {}
+    for name in METHODS:
+        if name.startswith("prefix"):
+            continue
+        model = task().fresh(name, 0).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, 1e-5)
+        steps[name] = functools.partial(one_step, model, optimizer, batch)
+        steps[name]()
+        found[name] = dict(peak=measure.peak_memory(steps[name]))
+        found[name]["file"] = len(save(kept(name, model.bert)))
+    for name, seconds in measure.step_times(steps, rounds=15).items():
+        found[name]["seconds"] = seconds
+    return found
+
+
+def one_step(model, optimizer, batch):
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- what the pages quote
+
+
+def derive(stored):
+    """Means, and differences to LoRA with a t interval over the five seeds."""
+    figures = {"frozen.base": share(stored["frozen"]["base"])}
+    for name in stored["best"]:
+        mine = where(stored["runs"], method=name)
+        figures |= {f"{name}.{k}": v for k, v in summary(mine).items()}
+        base = share(stored["frozen"][name])
+        figures[f"{name}.frozen"] = base
+        values = shares(mine, "learned")
+        figures |= differences(f"{name}.gain", values, [base] * len(values))
+        if name in METHODS:
+            figures |= beside_lora(name, mine, where(stored["runs"], method="LoRA"))
+    ours = [figures[f"{name}.learned"] for name in PEFT]
+    figures["peft.agreement"] = statistics.correlation(
+        ranks(ours), ranks(PEFT.values())
+    )
+    figures |= derive_icd(stored["icd"])
+    for name, cost in stored["costs"].items():
+        for key in ("seconds", "peak"):
+            figures[f"cost.{name}.{key}"] = cost[key] / stored["costs"]["full"][key]
+        figures[f"cost.{name}.file"] = cost["file"] / 1e3
+    return {k: dict(value=v, tolerance=0.05) for k, v in figures.items()}
+
+
+def ranks(values):
+    """The place of each value, the lowest first: their correlation is Spearman's."""
+    values = list(values)
+    return [sorted(values).index(value) for value in values]
+
+
+def beside_lora(name, mine, lora_runs):
+    """What is retained, and the differences to LoRA in what is learned and retained."""
+    found = {}
+    for key in ("base", "refuse"):
+        found[f"{name}.{key}"] = statistics.mean(shares(mine, key))
+    for key, gap in (("learned", "gap"), ("base", "base_gap")):
+        ours, theirs = shares(mine, key), shares(lora_runs, key)
+        found |= differences(f"{name}.{gap}", ours, theirs)
+    return found
+
+
+def derive_icd(stored):
+    """The same for the diagnoses, chapters counted alike; three rows are of `icd`."""
+    found, plain = {}, results.load("icd")["figures"]
+    for name, values in stored["by_seed"].items():
+        if name in stored["best"]:
+            mine = summary(where(stored["runs"], method=name))
+        else:
+            source = dict(rate="body rate", trainable="trained", change="change")
+            keys = {k: f"{FROM_ICD[name]}.{theirs}" for k, theirs in source.items()}
+            mine = {k: plain[key]["value"] for k, key in keys.items() if key in plain}
+        mine |= dict(learned=statistics.mean(values))
+        mine |= dict(lowest=min(values), highest=max(values))
+        found |= {f"icd.{name}.{k}": v for k, v in mine.items()}
+        found |= differences(f"icd.{name}.gap", values, stored["by_seed"]["LoRA"])
+        found |= differences(f"icd.{name}.over_head", values, stored["by_seed"]["head"])
+    return found
+
+
+def summary(runs):
+    """A method's mean and range over the seeds, its rate, size and change."""
+    values = shares(runs, "learned")
+    found = dict(learned=statistics.mean(values))
+    found |= dict(lowest=min(values), highest=max(values))
+    found |= dict(rate=runs[0]["lr"], trainable=runs[0]["trainable"])
+    if runs[0].get("change"):  # biases and norms leave the weights where they are
+        found["change"] = statistics.mean(run["change"] for run in runs)
+    if "file" in runs[0]:
+        found["file"] = runs[0]["file"] / 1e3
+    return found
+
+
+def differences(key, ours, theirs):
+    """The mean of the paired differences, and its interval."""
+    mean, low, high = measure.paired_interval(ours, theirs)
+    return {key: mean, f"{key}_low": low, f"{key}_high": high}
 
 
 def draw():
-    """What each method learns and what it retains, a mark a seed, the best on top."""
-    runs = results.load("families")["runs"]
-    names = {r["method"]: r["trainable"] for r in runs if r["method"] in METHODS}
-    mean = {n: sum(shares(where(runs, method=n), "learned")) for n in names}
+    """What each method learns, and what it retains: a mark a seed.
+
+    With the diagnoses, once their search has run, in a panel of their own."""
+    stored = results.load("families")
+    diagnosed, names = stored["icd"]["by_seed"], list(METHODS)
+    mean = {n: stored["figures"][f"{n}.learned"]["value"] for n in names}
     order = sorted(names, key=mean.get)
-    ax = plot.axes("exact match", figsize=(plot.WIDE, 5.4))
-    looks = {
-        "learned": (plot.ORANGE, "o", 0.17, "learned: Finnish dates"),
-        "base": (plot.BLUE, "D", -0.17, "retained: base dates"),
+    panels = 2 if stored["icd"]["best"] else 1
+    ax = plot.axes("exact match", columns=panels, figsize=(plot.WIDE, 5.4))
+    left, right = ax if panels == 2 else (ax, None)
+    for y, name in enumerate(order):
+        mine = where(stored["runs"], method=name)
+        color = plot.DARK if name == "full" else plot.ORANGE
+        mark(left, shares(mine, "learned"), y + 0.17, "o", color)
+        mark(left, shares(mine, "base"), y - 0.17, "D", plot.BLUE)
+        if right and name in diagnosed:
+            mark(right, diagnosed[name], y, "o", color)
+    if right:
+        right.axvline(statistics.mean(diagnosed["head"]), color=plot.GREY, ls="--")
+        right.set(yticks=[], xlabel="diagnoses, share right")
+    looks = ((plot.ORANGE, "o", "learned"), (plot.BLUE, "D", "retained: base dates"))
+    for color, shape, label in looks:
+        left.plot([], [], shape, color=color, label=label)
+    counts = {n: stored["figures"][f"{n}.trainable"]["value"] for n in names}
+    left.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(order) - 0.4))
+    left.set_yticks(range(len(order)), [f"{n}  {counts[n]:,}" for n in order])
+    plot.legend(left)
+    save_picture(left.figure, "families.svg")
+
+
+def mark(ax, values, y, shape, color):
+    """A mark for each seed, and a bar at their mean."""
+    ax.plot(values, [y] * len(values), shape, ms=3.5, alpha=0.6, color=color)
+    ax.plot(statistics.mean(values), y, "|", ms=10, mew=2, color=color)
+
+
+def report(stored):
+    """Store the runs with the figures of the pages; picture and pages follow."""
+    stored = {k: v for k, v in stored.items() if k not in ("figures", "machine")}
+    store("families", **stored, figures=derive(stored))
+    draw()
+    refresh_pages()
+
+
+def frozen():
+    """Bits of the untrained base on each method's test records."""
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    known = graded(model, tokenizer, data.records("dates", "fi", 400, "test"))
+    base = graded(model, tokenizer, records("dates", BASES, 40, "test"))
+    untold = {
+        name: graded(model, tokenizer, rendered(language, 400, "test"))
+        for name, language in PROMPTS.items()
     }
-    for key, (color, mark, up, label) in looks.items():
-        for y, name in enumerate(order):
-            x = shares(where(runs, method=name), key)
-            dark = name == "full" and key == "learned"
-            look = dict(color=plot.DARK if dark else color)
-            ax.plot(x, [y + up] * len(x), mark, ms=3.5, alpha=0.6, **look)
-            ax.plot(sum(x) / len(x), y + up, "|", ms=10, mew=2, **look)
-        ax.plot([], [], mark, color=color, label=label)
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(order) - 0.4), yticks=range(len(order)))
-    ax.set_yticklabels([f"{name}  {names[name]:,}" for name in order])
-    plot.legend(ax)
-    save_picture(ax.figure, "families.svg")
+    return dict.fromkeys(METHODS, known) | untold | dict(base=base)
 
 
 def main():
-    names = [*METHODS, *PROMPTS]
-    best, tried = best_rates(names)
-    jobs = [(name, best[name], seed, True) for name in names for seed in SEEDS]
-    runs = sweep(one, jobs, "five seeds at the best rate")
-    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
-    untold = {
-        n: bits(model, tokenizer, rendered(at, 400, "test"))
-        for n, at in PROMPTS.items()
-    }
-    known = bits(model, tokenizer, dates("fi", 400, "test"))
-    frozen = {name: untold.get(name, known) for name in names}
-    frozen["base"] = scores(model, tokenizer, ["fi"], 400)["base"]
-    setting = dict(steps=STEPS, batch=BATCH, tokens=TOKENS, language="fi")
-    more = dict(best=best, rates=tried, frozen=frozen, setting=setting)
-    figures = derive(runs, frozen)
-    store("families", runs, figures=figures, **more)
-    draw()
-    refresh_pages()
-    for name in names:
-        found = {k: figures[f"{name}.{k}"]["value"] for k in ("learned", "low", "high")}
-        print(
-            f"{name:18} rate {best[name]:g}", {k: round(v, 3) for k, v in found.items()}
-        )
+    starts = {name: row[2] for name, row in METHODS.items()}
+    starts |= dict.fromkeys(PROMPTS, PROMPT_RATE)
+    tried, best = searched(finnish, starts, "families: finnish")
+    even = results.load("icd")["by_seed"]
+    even = {name: even[row] for name, row in FROM_ICD.items()}
+    stored = dict(
+        runs=at_best(tried, best),
+        rates=without_tests(tried),
+        best=best,
+        frozen=frozen(),
+        setting=dict(steps=STEPS, batch=BATCH, tokens=TOKENS, language="fi"),
+        icd=dict(runs=[], rates=[], best={}, by_seed=even),
+        costs={},
+    )
+    report(stored)
+
+    truth = [chapter for _, chapter in icd.diagnoses("test")]
+    for group in GROUPS:  # stored as each ends
+        starts = {name: METHODS[name][3] for name in group}
+        tried, best = searched(diagnoses, starts, "families: diagnoses")
+        jobs = [(n, lr, seed, "test") for n, lr in best.items() for seed in range(5)]
+        tested = sweep(diagnoses, jobs, "families: diagnoses")
+        for name in group:
+            mine = [dict(test=run["learned"]) for run in where(tested, method=name)]
+            even[name] = chapters.by_seed(mine, truth).tolist()
+        stored["icd"]["runs"] += tested
+        stored["icd"]["rates"] += tried
+        stored["icd"]["best"] |= best
+        report(stored)
+    report(stored | dict(costs=costs()))
+
+
+def at_best(runs, best):
+    """The five runs of each method at its best learning rate."""
+    return [run for name, lr in best.items() for run in where(runs, method=name, lr=lr)]
+
+
+def without_tests(runs):
+    """What the search saw of each run."""
+    keys = ("task", "method", "lr", "seed", "dev")
+    return [{key: run[key] for key in keys} for run in runs]
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["costs"]:
+        report(results.load("families") | dict(costs=costs()))
+    else:
+        main()

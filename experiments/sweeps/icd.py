@@ -197,7 +197,8 @@ def dev_figures(runs):
 class Task:
     """The phrases, the encoder, and the runs that there are."""
 
-    def __init__(self):
+    def __init__(self, scratch=SCRATCH):
+        self.scratch = scratch
         self.folder = base_models.minilm_folder()
         self.encoder, self.tokenizer = base_models.load_minilm(device="cpu")
         self.dev = icd.diagnoses("dev", 40)
@@ -206,7 +207,7 @@ class Task:
 
     def run(self, row, body, head, seed):
         """One run's figures, from the scratch folder or made now."""
-        file = scratch(row, body, head, seed)
+        file = self.file(row, body, head, seed)
         if file.exists():
             return json.loads(file.read_text())
 
@@ -219,7 +220,7 @@ class Task:
         else:
             model = self.train(row, body, head, seed)
             dev = self.predict(model, self.dev)
-            found["change"] = relative_change(model, self.encoder)
+            found["change"] = self.change(row, model)
             needs = {n for n, p in model.named_parameters() if p.requires_grad}
             trained = {n: t for n, t in model.state_dict().items() if n in needs}
         right = [a == c for a, (_, c) in zip(dev, self.dev, strict=True)]
@@ -237,7 +238,7 @@ class Task:
         found = self.run(row, body, head, seed)
         if "test" in found:
             return found
-        file = scratch(row, body, head, seed)
+        file = self.file(row, body, head, seed)
         trained = load_file(file.with_suffix(".safetensors"))
         if body is None:
             model = torch.nn.Linear(self.encoder.config.hidden_size, len(icd.CHAPTERS))
@@ -253,6 +254,15 @@ class Task:
         share = bits.count("1") / len(bits)
         print(f"{file.stem}: {share:.4f} of the test phrases", flush=True)
         return found
+
+    def file(self, row, body, head, seed):
+        """Where a run is stored as it ends; what it trained lies beside it."""
+        name = f"{row}-{body}-{head}-{seed}.json".replace(" ", "_")
+        return self.scratch / name
+
+    def change(self, row, model):
+        """||dW||/||W|| of each linear layer in the encoder's blocks."""
+        return relative_change(model, self.encoder)
 
     def fresh(self, row, seed):
         """The classifier before training."""
@@ -312,14 +322,8 @@ class Task:
     def train(self, row, body, head, seed, model=None, per_chapter=PER_CHAPTER):
         """Trainer, with a learning rate for the body and one for the head."""
         model = model or self.fresh(row, seed)
-        groups = {body: [], head: []}
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                groups[head if "classifier" in name else body].append(weight)
-        optimizer = torch.optim.AdamW(
-            [dict(params=weights, lr=rate) for rate, weights in groups.items()],
-            weight_decay=0.0,
-        )
+        groups = self.groups(row, model, body, head)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         pairs = icd.diagnoses("train", per_chapter, seed)
         tokens = self.tokenizer([text for text, _ in pairs])["input_ids"]
         examples = [
@@ -327,7 +331,7 @@ class Task:
             for ids, (_, chapter) in zip(tokens, pairs, strict=True)
         ]
         settings = TrainingArguments(
-            str(SCRATCH / "trainer"),
+            str(self.scratch / "trainer"),
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             train_sampling_strategy="group_by_length",
@@ -348,6 +352,14 @@ class Task:
         )
         trainer.train()
         return model
+
+    def groups(self, row, model, body, head):
+        """The optimizer's two groups: the body's weights, and the head's."""
+        rates = {body: [], head: []}
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                rates[head if "classifier" in name else body].append(weight)
+        return [dict(params=weights, lr=rate) for rate, weights in rates.items()]
 
     def train_head(self, row, rate, seed):
         """The same steps and schedule for a linear layer on the frozen encoder."""
@@ -412,11 +424,6 @@ class Task:
             for i, row in zip(chosen, compute(batch), strict=True):
                 found[i] = row
         return torch.stack(found)
-
-
-def scratch(row, body, head, seed):
-    """Where a run is stored as it ends; what it trained lies beside it."""
-    return SCRATCH / f"{row}-{body}-{head}-{seed}.json".replace(" ", "_")
 
 
 @torch.no_grad()

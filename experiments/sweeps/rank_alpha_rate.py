@@ -12,15 +12,20 @@ everything:
 
 Each row of the last four has a learning rate of its own: from a start the search moves
 half a decade at a time until the best on dev records has a worse one on either side.
-It has not yet been run whole; by the pace of its first 88 runs it takes an hour or two
-on two cores."""
+An hour and a half on two cores; a part by its name alone, beside what is stored:
+
+    python -m experiments.sweeps.rank_alpha_rate batches
+
+`batches` has not been run yet."""
+
+import sys
 
 import torch
 
 from experiments.common import TARGETS, best_rate, store, sweep
 from experiments.sweeps.finnish import linears
 from peftlab import lora, lora_plus
-from peftlab.kit import base_models, data
+from peftlab.kit import base_models, data, results
 from peftlab.kit.train import collate, train
 
 SEEDS = range(5)
@@ -170,15 +175,18 @@ def neighbourhood(rate):
     return GRID[place - 1 : place + 2]
 
 
-def main():
-    parts, best = dict(rates=curves()), {}
-    for part in ROWS:
-        parts[part], best[part] = searched(part)
-        settings = {p: {row: one for row, (one, _) in ROWS[p].items()} for p in best}
-        runs = parts["rates"]
-        more = {p: parts[p] for p in best}
-        store("rank_alpha_rate", runs, best=best, settings=settings, **more)
+def main(names=()):
+    """Run all parts, or the named ones, and store each as it ends."""
+    stored = results.load("rank_alpha_rate") if names else dict(runs=curves())
+    stored = {key: value for key, value in stored.items() if key != "machine"}
+    for part in names or ROWS:
+        runs, best = searched(part)
+        stored[part] = runs
+        stored.setdefault("best", {})[part] = best
+        settings = {row: settings for row, (settings, _) in ROWS[part].items()}
+        stored.setdefault("settings", {})[part] = settings
+        store("rank_alpha_rate", **stored)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -253,14 +253,14 @@ def dora(sheet):
     sheet.text(x - 4, TOP - 24, _label("m", "(out,)", "trained"), anchor="start")
     for edge, bend in ((50, -9), (400, 9)):
         sheet.path(f"M{edge} {TOP - 18}q{bend} {OUT / 2 + 21} 0 {OUT + 42}")
-    sheet.text(SQUARE + IN / 2, TOP + OUT + 19, "rows at length 1", "muted")
+    sheet.text(SQUARE + IN, TOP + OUT + 19, "rows of the sum: length 1", "muted", "end")
     _formula(sheet, "y = ", "*m", " / ‖W + s ", "*B A", "‖ ⊙ (W + s ", "*B A", ") x")
     count = RANK * (OUT + IN) + OUT
     _count(sheet, f"LoRA’s {RANK * (OUT + IN):,} and {OUT} more: {count:,} trained")
     return (
         "LoRA's picture, pale, in brackets: W, frozen, plus the square of B and A, "
-        "each "
-        "row at length 1; before the brackets the trained vector m, one length a row"
+        "each row of the sum at length 1; before the brackets the trained vector m, "
+        "one length a row"
     )
 
 
