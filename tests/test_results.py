@@ -135,7 +135,7 @@ def test_the_figures_of_the_comparison_follow_from_its_runs():
     stored = results.load("families")
     derived = families.derive(stored)
     kept = stored["figures"]
-    assert list(derived) == list(kept)
+    assert derived.keys() == kept.keys()
     for key, figure in derived.items():
         assert figure["value"] == pytest.approx(kept[key]["value"], abs=1e-9), key
 
@@ -154,7 +154,7 @@ def test_every_method_beats_the_frozen_base_by_more_than_its_interval(method):
 def test_each_learning_rate_is_better_than_its_neighbours_with_five_seeds(task):
     stored = results.load("families")
     searched = stored if task == "finnish" else stored["icd"]
-    assert len(searched["best"]) >= (17 if task == "finnish" else 5)
+    assert task == "icd" or len(searched["best"]) == 17
     for method, best in searched["best"].items():
         mean = {}
         for lr in families.neighbourhood(best):
