@@ -5,7 +5,8 @@
 The base is loaded in 16 bits: PiSSA splits its weights, which must not be
 packed. A PiSSA is saved as a plain LoRA of twice the rank, for the base as it
 came. vLLM loads that, and rsLoRA and LoRA+, but no DoRA and no VeRA: those are
-merged at the end, into an ordinary model in --merged.
+merged at the end, into an ordinary model in --merged. To serve many VeRAs on
+one base, turn each into a LoRA instead, with peft.save_as_lora.
 """
 
 import functools
@@ -19,19 +20,21 @@ import qlora_llm
 
 VARIANTS = {  # the default learning rate, and what differs in the config
     "lora": (2e-4, {}),
-    "dora": (1e-4, {"use_dora": True}),
+    "dora": (1.5e-4, {"use_dora": True}),
     "pissa": (2e-5, {"init_lora_weights": "pissa_niter_4"}),
     "rslora": (2e-4, {"use_rslora": True}),
     "loraplus": (1e-4, {}),  # A's; B learns --ratio times faster
     "vera": (2e-3, {}),
 }
+RANKS = {"rslora": 64, "vera": 256}  # the others': 16
 
 
-def strength(variant, r):
-    """lora_alpha, for a change that counts twice, and PiSSA's once."""
+def alpha(variant, r):
+    """lora_alpha. B A counts once in PiSSA, and twice in LoRA at any rank. In
+    rsLoRA it counts twice at rank 16, and alpha is the same at every rank."""
     if variant == "pissa":
         return r
-    return 2 * r**0.5 if variant == "rslora" else 2 * r
+    return 8 if variant == "rslora" else 2 * r
 
 
 def adder(args):
@@ -41,13 +44,13 @@ def adder(args):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()  # over frozen embeddings
         common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        r = args.rank or (256 if args.variant == "vera" else 16)
+        r = args.rank or RANKS.get(args.variant, 16)
         if args.variant == "vera":
             config = VeraConfig(r=r, save_projection=False, **common)
         else:
-            alpha = strength(args.variant, r)
-            extra = VARIANTS[args.variant][1]
-            config = LoraConfig(r=r, lora_alpha=alpha, **extra, **common)
+            how = {"lora_alpha": alpha(args.variant, r)}
+            how |= VARIANTS[args.variant][1]
+            config = LoraConfig(r=r, **how, **common)
         model = get_peft_model(model, config)
         model.print_trainable_parameters()
         if args.variant == "pissa":
@@ -97,7 +100,7 @@ def merge(args):
 if __name__ == "__main__":
     parser = qlora_llm.options()
     parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--rank", type=int, help="16; VeRA's 256")
+    parser.add_argument("--rank", type=int, help="16; rsLoRA's 64, VeRA's 256")
     parser.add_argument("--ratio", type=float, default=16, help="of LoRA+")
     parser.add_argument("--merged", default="my-model")
     parser.set_defaults(rate=None)
