@@ -341,7 +341,7 @@ GONE = [
     "sev" + r"eral\.py",
     r"\.sev" + "eral",
     "kit[./]pl" + "ant",
-    r"(_|\b|\\n)z" + r"oo(_|\b)",
+    r"(?<!unsloth-)(_|\b|\\n)z" + r"oo(_|\b)",
 ]
 GONE += ["int" + "erop", r"kit[./]mem" + "ory", r"import sev" + "eral"]
 TEXT = {".py", ".md", ".ipynb", ".json", ".toml", ".yml", ".txt", ".css", ".cff", ""}

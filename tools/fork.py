@@ -2,7 +2,8 @@
 
 Rewrites the repository's address, which _config.yml names, wherever it stands: in
 _config.yml itself, in the chapters (links to Colab, the cells that install the package
-there), README.md, CITATION.cff, pyproject.toml, environment.yml and the book's pages.
+there), README.md, CITATION.cff, pyproject.toml, environment.yml, the recipes and the
+book's pages.
 So does it with the address of the published book, on GitHub Pages, which the start page
 names for its preview picture. The package keeps its name, so `import peftlab` stays.
 """
@@ -23,6 +24,7 @@ FILES = [
     "environment.yml",
     "book/**/*.md",
     "notebooks/*.ipynb",
+    "recipes/*.py",
 ]
 
 
