@@ -76,7 +76,7 @@ student: $(SETUP)  ## write the student and instructor sheets into _build
 models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
-results: $(SETUP)  ## run the long sweeps again (four hours)
+results: $(SETUP)  ## run the long sweeps again (eight hours)
 	$(BIN)/python -m experiments.run $(ONLY)
 
 bench: $(SETUP)  ## time all beside peft and bitsandbytes (half an hour, quiet machine)

@@ -16,12 +16,14 @@ from tqdm import tqdm
 from peftlab import lora
 from peftlab.kit import base_models, data, measure, results
 from peftlab.kit.results import share, where
-from peftlab.kit.train import train
+from peftlab.kit.train import collate, train
 
 SCRATCH = Path(__file__).parents[1] / "_build" / "sweeps"
 WORKERS = int(os.environ.get("WORKERS", 2))
 
 BASES = data.BASE_LANGUAGES
+# Learning rates half a decade apart, a factor of about three: 1e-6, 3e-6, ... 30
+GRID = [float(f"{m}e{i}") for i in range(-6, 2) for m in (1, 3)]
 TARGETS = {
     "LoRA": "all-linear",
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -69,6 +71,85 @@ def scores(model, tokenizer, languages, n):
     answered = {k: measure.answered(model, tokenizer, v) for k, v in sets.items()}
     # One character a record keeps the file readable and the bootstrap possible.
     return {k: "".join("01"[right] for right in v) for k, v in answered.items()}
+
+
+@torch.no_grad()
+def graded(model, tokenizer, lines):
+    """A bit for each record that greedy decoding answers right, and the mean loss.
+
+    Greedy decoding gives the right answer where each of its tokens, the end token too,
+    is the likeliest after those before it. So one forward pass grades all."""
+    batch = collate(lines, tokenizer)
+    out = model(**batch)
+    labels = batch["labels"]
+    logits = out.logits[:, -labels.shape[1] :]  # after a trained prompt's own
+    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
+    return "".join("01"[bit] for bit in right.all(1)), out.loss.item()
+
+
+def moved(before, after):
+    """||dW|| / ||W||, the mean over the weights of `before`, {path: weight}."""
+    sizes = [(after[path] - w).norm() / w.norm() for path, w in before.items()]
+    return torch.stack(sizes).mean().item()
+
+
+def search(run, starts, title, stages=(5,)):
+    """Every method's best learning rate, by the mean on dev records.
+
+    From a start the search moves half a decade at a time until the best has none better
+    on either side, first with the seeds of the first stage, then of the next.
+
+    Args:
+        run: of a job (name, learning rate, seed) the result, a dict that has `method`,
+            `lr`, `seed` and `dev`, bits or a share.
+        starts: {name: a learning rate of `GRID`}.
+        title: of the progress bar.
+        stages: numbers of seeds.
+
+    Returns:
+        All results, and {name: the best learning rate}.
+    """
+    best, tried = dict(starts), {}
+    for seeds in stages:
+        settled = False
+        while not settled:
+            jobs = [
+                (name, lr, seed)
+                for name in best
+                for lr in neighbourhood(best[name])
+                for seed in range(seeds)
+            ]
+            found = sweep(run, jobs, title)
+            tried |= zip(jobs, found, strict=True)
+            before, best = best, {}
+            for name, rate in before.items():
+                mine = where(list(tried.values()), method=name)
+                best[name] = best_of_three(mine, rate, seeds)
+            settled = best == before
+    return list(tried.values()), best
+
+
+def best_of_three(runs, rate, seeds):
+    """A learning rate or one of its neighbours; of equal ones the present."""
+
+    def mean(lr):
+        rows = [run for run in where(runs, lr=lr) if run["seed"] < seeds]
+        return sum(map(dev_share, rows)) / len(rows)
+
+    return max(neighbourhood(rate), key=lambda lr: (mean(lr), lr == rate))
+
+
+def neighbourhood(rate):
+    """A learning rate of `GRID` with the one below and the one above it."""
+    place = GRID.index(rate)
+    if not 0 < place < len(GRID) - 1:
+        raise ValueError(f"the search came to the end of its grid, at {rate:g}")
+    return GRID[place - 1 : place + 2]
+
+
+def dev_share(run):
+    """The share right on dev records, from bits or as it is."""
+    return share(run["dev"]) if isinstance(run["dev"], str) else run["dev"]
 
 
 def best_rate(runs, method):

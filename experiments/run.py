@@ -1,4 +1,4 @@
-"""The long sweeps, one after the other: `make results` (four hours on two cores).
+"""The long sweeps, one after the other: `make results` (eight hours on two cores).
 
 `make results ONLY=finnish` runs one. The benches are `make bench`.
 """

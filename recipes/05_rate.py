@@ -14,7 +14,6 @@ import math
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import DataCollatorForSeq2Seq
 
 import qlora_llm
 
@@ -38,19 +37,6 @@ def adder(args):
         return model
 
     return add_lora
-
-
-@torch.no_grad()
-def loss(model, tokenizer, records):
-    """Mean loss for each token of the answers; infinite if it is no number."""
-    model.eval()
-    collate, total, count = DataCollatorForSeq2Seq(tokenizer), 0.0, 0
-    for record in records:
-        batch = collate([record]).to(model.device)
-        tokens = (batch["labels"][:, 1:] != -100).sum().item()
-        total += model(**batch).loss.item() * tokens
-        count += tokens
-    return total / count if math.isfinite(total) else math.inf
 
 
 def adapter(model):
@@ -82,8 +68,8 @@ def train(model, tokenizer, records, held_out, args):
     while left and len(found) < args.runs:
         args.rate = left.pop(0)
         put_back(model, first)
-        qlora_llm.train(model, tokenizer, records, held_out, args)
-        found[args.rate] = loss(model, tokenizer, held_out)
+        loss = qlora_llm.train(model, tokenizer, records, held_out, args)
+        found[args.rate] = loss if math.isfinite(loss) else math.inf
         print(f"rate {args.rate:.2g}: held-out loss {found[args.rate]:.4f}")
         if found[args.rate] == min(found.values()):
             best = copy(adapter(model))

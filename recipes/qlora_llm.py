@@ -136,7 +136,7 @@ def read(file, tokenizer, length):
 
 
 def train(model, tokenizer, records, held_out, args):
-    """Train, and print the loss on held-out records before and after."""
+    """Train; print the held-out loss before and after, return the latter."""
     settings = TrainingArguments(
         args.out,
         num_train_epochs=args.epochs,
@@ -162,6 +162,7 @@ def train(model, tokenizer, records, held_out, args):
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     print(f"loss on held-out records: {before:.3f} -> {after:.3f}")
+    return after
 
 
 @torch.no_grad()

@@ -884,6 +884,11 @@ def test_the_settings_are_those_of_loras_best_in_the_comparison_of_all_methods()
     families = results.load("families")
     want = {k: families["setting"][k] for k in ("steps", "batch", "language")}
     assert STORED["setting"] == dict(want, lr=families["best"]["LoRA"], r=8, alpha=16)
+    ours = [r["learned"] for r in results.where(STORED["runs"], method="LoRA")]
+    theirs = [r["learned"] for r in results.where(families["runs"], method="LoRA")]
+    pairs = zip(ours, theirs, strict=True)
+    apart = max(abs(results.share(a) - results.share(b)) for a, b in pairs)
+    assert apart < 0.1, "the same five LoRA runs, and other answers"
 
 
 @pytest.mark.parametrize("name", experiment.CODES)

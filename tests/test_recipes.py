@@ -254,7 +254,8 @@ def test_a_rate_is_looked_for_and_the_best_adapter_saved(stand_in, tmp_path):
     recipe = runpy.run_path(str(RECIPES / "05_rate.py"))
     tokenizer = AutoTokenizer.from_pretrained(stand_in / "model")
     records = recipe["qlora_llm"].read(stand_in / "records.jsonl", tokenizer, 96)
-    again = recipe["loss"](load(stand_in, tmp_path / "fifth"), tokenizer, records[:2])
+    loss = runpy.run_path(str(RECIPES / "03_replay.py"))["loss"]
+    again = loss(load(stand_in, tmp_path / "fifth"), tokenizer, records[:2])
     assert again == pytest.approx(found[float(best)], rel=0.1), "the best is saved"
 
 

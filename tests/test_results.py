@@ -1,14 +1,18 @@
 """The figures: what the prose says, what is stored, what a fresh run gives."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from experiments import common
+from experiments.common import dev_share, neighbourhood
 from experiments.sweeps import families
-from peftlab.kit import results
+from peftlab import prompt
+from peftlab.kit import base_models, measure, results
 from tools import figures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "book" / "_ext"))
@@ -150,20 +154,42 @@ def test_every_method_beats_the_frozen_base_by_more_than_its_interval(method):
     assert low > 0, f"{method} learns {gain:.3f}, and the interval reaches {low:.3f}"
 
 
-@pytest.mark.parametrize("task", ["finnish", "icd"])
-def test_each_learning_rate_is_better_than_its_neighbours_with_five_seeds(task):
+@pytest.mark.parametrize("method", [*families.METHODS, *families.PROMPTS])
+def test_no_neighbour_of_a_learning_rate_is_better_with_five_seeds(method):
     stored = results.load("families")
-    searched = stored if task == "finnish" else stored["icd"]
-    assert task == "icd" or len(searched["best"]) == 17
-    for method, best in searched["best"].items():
-        mean = {}
-        for lr in families.neighbourhood(best):
-            runs = results.where(searched["rates"], method=method, lr=lr)
-            assert [r["seed"] for r in runs] == [0, 1, 2, 3, 4], (method, lr)
-            mean[lr] = sum(map(families.dev_share, runs))
-        assert mean[best] == max(mean.values()), method
-        runs = results.where(searched["runs"], method=method)
-        assert {run["lr"] for run in runs} == {best} and len(runs) == 5
+    best, mean = stored["best"][method], {}
+    for lr in neighbourhood(best):
+        runs = results.where(stored["rates"], method=method, lr=lr)
+        assert [r["seed"] for r in runs] == [0, 1, 2, 3, 4], lr
+        mean[lr] = sum(map(dev_share, runs))
+    assert mean[best] == max(mean.values())
+    assert {r["lr"] for r in results.where(stored["runs"], method=method)} == {best}
+
+
+def test_a_search_ends_where_no_neighbour_is_better(monkeypatch):
+    def run(job):
+        name, lr, seed = job
+        far = abs(math.log10(lr) - (-2 if name == "left" else -4))
+        worst = seed == 3 and name == "right" and lr == 1e-4  # two seeds do not see it
+        return dict(method=name, lr=lr, seed=seed, dev=1 - far / 10 - 4 * worst)
+
+    monkeypatch.setattr(common, "sweep", lambda run, jobs, title: list(map(run, jobs)))
+    tried, best = common.search(run, dict(left=1e-1, right=3e-3), "", (2, 5))
+    assert best["left"] == 1e-2 and best["right"] in (3e-5, 3e-4)
+    for name, rate in best.items():
+        for lr in neighbourhood(rate):
+            assert len(results.where(tried, method=name, lr=lr)) == 5
+    with pytest.raises(ValueError, match="the end of its grid"):
+        common.search(lambda job: run(job) | dict(dev=job[1]), dict(left=1.0), "")
+
+
+def test_one_forward_pass_grades_as_greedy_decoding_does():
+    model, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    lines = common.records("dates", ["fi", "en"], 30, "test")
+    for asked in (model, prompt.add(model, 4)):
+        wanted = "".join("01"[x] for x in measure.answered(asked, tokenizer, lines))
+        assert common.graded(asked, tokenizer, lines)[0] == wanted
+        assert "0" in wanted and "1" in wanted
 
 
 def test_no_method_is_slower_or_larger_than_pefts_by_more_than_a_twentieth():

@@ -6,8 +6,8 @@
   These three are taken from `icd`; a prefix has no place in an encoder.
 
 Every method has a learning rate of its own. From a start the search moves half a decade
-at a time until the best on dev records has a worse one on either side, first with two
-seeds, then with five. Only the runs at the best rate are scored on test records.
+at a time until the best on dev records has none better on either side, first with two
+seeds, then with five. Test records choose nothing.
 
 Prompt tuning is another question: a prompt cannot teach a language, so it is asked to
 stand in for an instruction, "fr: 2026-03-12 = 12 mars 2026" without its "fr:", and the
@@ -30,7 +30,16 @@ import torch
 from safetensors.torch import save
 from transformers import logging as transformers_logging
 
-from experiments.common import BASES, SCRATCH, records, store, sweep
+from experiments.common import (
+    BASES,
+    SCRATCH,
+    graded,
+    moved,
+    records,
+    search,
+    store,
+    sweep,
+)
 from experiments.sweeps import icd as chapters
 from experiments.sweeps.finnish import linears
 from peftlab import (
@@ -47,10 +56,9 @@ from peftlab import (
 )
 from peftlab.kit import base_models, data, icd, measure, plot, results
 from peftlab.kit.results import share, shares, where
-from peftlab.kit.train import collate, train
+from peftlab.kit.train import train
 from tools.figures import refresh_pages, save_picture
 
-GRID = [float(f"{m}e{i}") for i in range(-6, 2) for m in (1, 3)]
 ALL, KEYS = "all-linear", ["k_proj", "v_proj"]
 LAST = [f"encoder.layer.{i}.output.dense" for i in range(6)]  # of each MLP in MiniLM
 METHODS = {  # {name: (module, how it is added, start on finnish, start on icd)}
@@ -104,7 +112,6 @@ PEFT = {
     "VeRA": 35.4,
 }
 STAGES, STEPS, BATCH, HEAD = (2, 5), 200, 16, 1e-2
-SETS = {"dev": ("fi", 180, "dev"), "learned": ("fi", 400, "test")}
 
 
 def add(name, model, **settings):
@@ -141,12 +148,12 @@ def finnish(job):
     train(model, tokenizer, lines, STEPS, lr, BATCH, seed, **how)
 
     run = dict(task="finnish", method=name, lr=lr, seed=seed, trainable=trained)
-    run["dev"] = graded(model, tokenizer, draw(180, "dev"))
-    run["learned"] = graded(model, tokenizer, draw(400, "test"))
+    run["dev"], _ = graded(model, tokenizer, draw(180, "dev"))
+    run["learned"], _ = graded(model, tokenizer, draw(400, "test"))
     if name in PROMPTS:
         return run
-    run["base"] = graded(model, tokenizer, records("dates", BASES, 40, "test"))
-    run["refuse"] = graded(model, tokenizer, records("refuse", BASES, 20, "test"))
+    run["base"], _ = graded(model, tokenizer, records("dates", BASES, 40, "test"))
+    run["refuse"], _ = graded(model, tokenizer, records("refuse", BASES, 20, "test"))
     run["file"] = len(save(kept(name, model)))
     if hasattr(METHODS[name][0], "merge"):
         METHODS[name][0].merge(model)
@@ -162,30 +169,11 @@ def rendered(language, n, split, seed=0):
     return [dataclasses.replace(r, text=t) for r, t in zip(told, mute, strict=True)]
 
 
-@torch.no_grad()
-def graded(model, tokenizer, lines):
-    """A bit for each record that greedy decoding answers right.
-
-    Greedy decoding gives the right answer where each of its tokens, the end token too,
-    is the likeliest after those before it. So one forward pass grades all."""
-    batch = collate(lines, tokenizer)
-    labels = batch["labels"]
-    logits = model(**batch).logits[:, -labels.shape[1] :]  # after a prompt's own
-    right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-    return "".join("01"[bit] for bit in right.all(1))
-
-
 def kept(name, model):
     """The tensors that a method's file holds."""
     module = METHODS[name][0]
     tensors = module.state_dict(model) if module else model.state_dict()
     return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-
-
-def moved(before, after):
-    """||dW|| / ||W||, the mean over the linear layers."""
-    sizes = [(after[p] - w).norm() / w.norm() for p, w in before.items()]
-    return torch.stack(sizes).mean().item()
 
 
 # ---- diagnoses
@@ -241,50 +229,6 @@ def diagnoses(job):
     found = dict(task="icd", method=name, lr=lr, seed=seed, trainable=run["trained"])
     found |= {k: run[k] for k in ("dev", "change") if run.get(k) is not None}
     return found | (dict(learned=run["test"]) if test else {})
-
-
-# ---- the search
-
-
-def searched(run, starts, title):
-    """All runs, and {name: best learning rate}, for {name: the rate to start from}."""
-    best, tried = dict(starts), {}
-    for seeds in STAGES:
-        while True:
-            jobs = [
-                (name, lr, seed)
-                for name in best
-                for lr in neighbourhood(best[name])
-                for seed in range(seeds)
-            ]
-            found = sweep(run, jobs, title)
-            tried |= zip(jobs, found, strict=True)
-            runs = list(tried.values())
-            moved = {n: best_rate(runs, n, rate, seeds) for n, rate in best.items()}
-            if moved == best:
-                break
-            best = moved
-    return runs, best
-
-
-def neighbourhood(rate):
-    """A learning rate with the one below and the one above it."""
-    place = GRID.index(rate)
-    return GRID[place - 1 : place + 2]
-
-
-def best_rate(runs, name, rate, seeds):
-    """Of a rate and its neighbours the best on dev records; of equals the present."""
-
-    def mean(lr):
-        rows = where(runs, method=name, lr=lr)
-        return statistics.mean(dev_share(row) for row in rows if row["seed"] < seeds)
-
-    return max(neighbourhood(rate), key=lambda lr: (mean(lr), lr == rate))
-
-
-def dev_share(run):
-    return share(run["dev"]) if isinstance(run["dev"], str) else run["dev"]
 
 
 # ---- what a step costs
@@ -453,10 +397,10 @@ def report(stored):
 def frozen():
     """Bits of the untrained base on each method's test records."""
     model, tokenizer = base_models.load("tiny-decoder", device="cpu")
-    known = graded(model, tokenizer, data.records("dates", "fi", 400, "test"))
-    base = graded(model, tokenizer, records("dates", BASES, 40, "test"))
+    known, _ = graded(model, tokenizer, data.records("dates", "fi", 400, "test"))
+    base, _ = graded(model, tokenizer, records("dates", BASES, 40, "test"))
     untold = {
-        name: graded(model, tokenizer, rendered(language, 400, "test"))
+        name: graded(model, tokenizer, rendered(language, 400, "test"))[0]
         for name, language in PROMPTS.items()
     }
     return dict.fromkeys(METHODS, known) | untold | dict(base=base)
@@ -465,7 +409,7 @@ def frozen():
 def main():
     starts = {name: row[2] for name, row in METHODS.items()}
     starts |= dict.fromkeys(PROMPTS, PROMPT_RATE)
-    tried, best = searched(finnish, starts, "families: finnish")
+    tried, best = search(finnish, starts, "families: finnish", STAGES)
     even = results.load("icd")["by_seed"]
     even = {name: even[row] for name, row in FROM_ICD.items()}
     stored = dict(
@@ -482,7 +426,7 @@ def main():
     truth = [chapter for _, chapter in icd.diagnoses("test")]
     for group in GROUPS:  # stored as each ends
         starts = {name: METHODS[name][3] for name in group}
-        tried, best = searched(diagnoses, starts, "families: diagnoses")
+        tried, best = search(diagnoses, starts, "families: diagnoses", STAGES)
         jobs = [(n, lr, seed, "test") for n, lr in best.items() for seed in range(5)]
         tested = sweep(diagnoses, jobs, "families: diagnoses")
         for name in group:

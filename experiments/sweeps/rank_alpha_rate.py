@@ -22,11 +22,11 @@ import sys
 
 import torch
 
-from experiments.common import TARGETS, best_rate, store, sweep
+from experiments.common import TARGETS, graded, moved, search, store, sweep
 from experiments.sweeps.finnish import linears
 from peftlab import lora, lora_plus
 from peftlab.kit import base_models, data, results
-from peftlab.kit.train import collate, train
+from peftlab.kit.train import train
 
 SEEDS = range(5)
 RANKS = (1, 4, 8, 16, 64)
@@ -36,7 +36,6 @@ SCALINGS = {  # name: (alpha at rank r, rsLoRA)
     "alpha = 2r": (lambda r: 2 * r, False),
     "rsLoRA": (lambda r: 8, True),
 }
-GRID = [float(f"{m}e{i}") for i in range(-6, 1) for m in (1, 3)]
 LORA = dict(targets="LoRA", r=8, alpha=16)
 ROWS = {  # part: {row: (settings, a learning rate to start from)}
     "targets": {
@@ -61,6 +60,9 @@ ROWS = {  # part: {row: (settings, a learning rate to start from)}
         "full, 16": (dict(targets=None, batch=16, steps=200), 1e-3),
         "full, 64": (dict(targets=None, batch=64, steps=50), 3e-3),
     },
+}
+SETTINGS = {
+    row: settings for rows in ROWS.values() for row, (settings, _) in rows.items()
 }
 
 
@@ -107,22 +109,8 @@ def one_run(job):
     found["learned"], _ = graded(model, tokenizer, test)
     if settings["targets"]:
         lora.merge(model)
-    moved = [(p - base[n]).norm() / base[n].norm() for n, p in linears(model).items()]
-    found["change"] = torch.stack(moved).mean().item()
+    found["change"] = moved(base, linears(model))
     return found
-
-
-@torch.no_grad()
-def graded(model, tokenizer, records):
-    """A bit for each record that greedy decoding answers right, and the mean loss.
-
-    Greedy decoding gives the right answer where each of its tokens, the end token too,
-    is the likeliest after those before it. So one forward pass grades all."""
-    batch = collate(records, tokenizer)
-    out = model(**batch)
-    labels = batch["labels"][:, 1:]
-    right = (out.logits[:, :-1].argmax(-1) == labels) | (labels == -100)
-    return "".join("01"[bit] for bit in right.all(1)), out.loss.item()
 
 
 def curves():
@@ -146,45 +134,28 @@ def curves():
     ]
 
 
-def searched(part):
-    """The runs of each row of a part, and {row: its best learning rate}."""
-    rows = ROWS[part]
-    best = {row: start for row, (_, start) in rows.items()}
-    while True:
-        jobs = {
-            (row, lr, seed): (rows[row][0], lr, seed)
-            for row in rows
-            for lr in neighbourhood(best[row])
-            for seed in SEEDS
-        }
-        title = f"rank, alpha, rate: {part}"
-        found = sweep(one_run, list(jobs.values()), title)
-        runs = [
-            dict(method=row) | result
-            for (row, _, _), result in zip(jobs, found, strict=True)
-        ]
-        moved = {row: best_rate(runs, row) for row in rows}
-        if moved == best:
-            return runs, best
-        best = moved
-
-
-def neighbourhood(rate):
-    """A learning rate with the one below and the one above it."""
-    place = GRID.index(rate)
-    return GRID[place - 1 : place + 2]
+def row_run(job):
+    """One run of a row: (its name, a learning rate, a seed)."""
+    name, lr, seed = job
+    return dict(method=name) | one_run((SETTINGS[name], lr, seed))
 
 
 def main(names=()):
-    """Run all parts, or the named ones, and store each as it ends."""
+    """Run all parts, or the named ones, and store each as it ends.
+
+    ValueError for an unknown name."""
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise ValueError(f"no part is named {unknown[0]}; there are: {', '.join(ROWS)}")
+
     stored = results.load("rank_alpha_rate") if names else dict(runs=curves())
     stored = {key: value for key, value in stored.items() if key != "machine"}
+    stored = dict(best={}, settings={}) | stored
     for part in names or ROWS:
-        runs, best = searched(part)
-        stored[part] = runs
-        stored.setdefault("best", {})[part] = best
-        settings = {row: settings for row, (settings, _) in ROWS[part].items()}
-        stored.setdefault("settings", {})[part] = settings
+        starts = {row: start for row, (_, start) in ROWS[part].items()}
+        stored[part], best = search(row_run, starts, f"rank, alpha, rate: {part}")
+        stored["best"][part] = best
+        stored["settings"][part] = {row: SETTINGS[row] for row in starts}
         store("rank_alpha_rate", **stored)
 
 
