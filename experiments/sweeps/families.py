@@ -15,7 +15,7 @@ same in Finnish, which the base does not know.
 
 At the end, alone and turn by turn, what a step of each costs on MiniLM, in time and
 memory. The dates take forty minutes on two cores, the diagnoses an hour or more; they
-are stored as each group of methods ends. `costs` alone, five minutes:
+are stored as each group of methods ends. `costs` alone, two minutes:
 
     python -m experiments.sweeps.families costs
 """
