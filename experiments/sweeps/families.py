@@ -14,10 +14,11 @@ stand in for an instruction, "fr: 2026-03-12 = 12 mars 2026" without its "fr:", 
 same in Finnish, which the base does not know.
 
 At the end, alone and turn by turn, what a step of each costs on MiniLM, in time and
-memory. The dates take forty minutes on two cores, the diagnoses an hour or more; they
-are stored as each group of methods ends. `costs` alone, two minutes:
+memory. The dates take forty minutes on two cores, the diagnoses an hour or more, stored
+as each group of methods ends; the costs two minutes. One part alone, the others as they
+are stored:
 
-    python -m experiments.sweeps.families costs
+    python -m experiments.sweeps.families dates, or diagnoses, or costs
 """
 
 import copy
@@ -406,25 +407,27 @@ def frozen():
     return dict.fromkeys(METHODS, known) | untold | dict(base=base)
 
 
-def main():
+def run_dates():
+    """The runs on Finnish dates at each method's best rate, and what the search saw."""
     starts = {name: row[2] for name, row in METHODS.items()}
     starts |= dict.fromkeys(PROMPTS, PROMPT_RATE)
     tried, best = search(finnish, starts, "families: finnish", STAGES)
-    even = results.load("icd")["by_seed"]
-    even = {name: even[row] for name, row in FROM_ICD.items()}
-    stored = dict(
+    return dict(
         runs=at_best(tried, best),
         rates=without_tests(tried),
         best=best,
         frozen=frozen(),
         setting=dict(steps=STEPS, batch=BATCH, tokens=TOKENS, language="fi"),
-        icd=dict(runs=[], rates=[], best={}, by_seed=even),
-        costs={},
     )
-    report(stored)
 
+
+def run_diagnoses():
+    """The same for the diagnoses, as far as they are, after each group of methods."""
     truth = [chapter for _, chapter in icd.diagnoses("test")]
-    for group in GROUPS:  # stored as each ends
+    even = results.load("icd")["by_seed"]
+    even = {name: even[row] for name, row in FROM_ICD.items()}
+    found = dict(runs=[], rates=[], best={}, by_seed=even)
+    for group in GROUPS:
         starts = {name: METHODS[name][3] for name in group}
         tried, best = search(diagnoses, starts, "families: diagnoses", STAGES)
         jobs = [(n, lr, seed, "test") for n, lr in best.items() for seed in range(5)]
@@ -432,11 +435,24 @@ def main():
         for name in group:
             mine = [dict(test=run["learned"]) for run in where(tested, method=name)]
             even[name] = chapters.by_seed(mine, truth).tolist()
-        stored["icd"]["runs"] += tested
-        stored["icd"]["rates"] += tried
-        stored["icd"]["best"] |= best
+        found["runs"] += tested
+        found["rates"] += tried
+        found["best"] |= best
+        yield found
+
+
+def main(parts):
+    stored = results.load("families")
+    if "dates" in parts:
+        stored |= run_dates()
         report(stored)
-    report(stored | dict(costs=costs()))
+    if "diagnoses" in parts:
+        for found in run_diagnoses():
+            stored |= dict(icd=found)
+            report(stored)
+    if "costs" in parts:
+        stored |= dict(costs=costs())
+        report(stored)
 
 
 def at_best(runs, best):
@@ -451,7 +467,4 @@ def without_tests(runs):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["costs"]:
-        report(results.load("families") | dict(costs=costs()))
-    else:
-        main()
+    main(sys.argv[1:] or ("dates", "diagnoses", "costs"))
