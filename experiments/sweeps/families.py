@@ -328,6 +328,8 @@ def derive_icd(stored):
         found |= {f"icd.{name}.{k}": v for k, v in mine.items()}
         found |= differences(f"icd.{name}.gap", values, stored["by_seed"]["LoRA"])
         found |= differences(f"icd.{name}.over_head", values, stored["by_seed"]["head"])
+        if found[f"icd.{name}.gap_high"] < 0:
+            found[f"icd.{name.split()[-1]} behind"] = -found[f"icd.{name}.gap"]
     return found
 
 
@@ -359,7 +361,7 @@ def draw():
     mean = {n: stored["figures"][f"{n}.learned"]["value"] for n in names}
     order = sorted(names, key=mean.get)
     panels = 2 if stored["icd"]["best"] else 1
-    ax = plot.axes("exact match", columns=panels, figsize=(plot.WIDE, 5.4))
+    ax = plot.axes(columns=panels, figsize=(plot.WIDE, 5.4))
     left, right = ax if panels == 2 else (ax, None)
     for y, name in enumerate(order):
         mine = where(stored["runs"], method=name)
@@ -368,14 +370,18 @@ def draw():
         mark(left, shares(mine, "base"), y - 0.17, "D", plot.BLUE)
         if right and name in diagnosed:
             mark(right, diagnosed[name], y, "o", color)
+    height = -0.6, len(order) - 0.4
     if right:
-        right.axvline(statistics.mean(diagnosed["head"]), color=plot.GREY, ls="--")
-        right.set(yticks=[], xlabel="diagnoses, share right")
+        head = statistics.mean(diagnosed["head"])
+        right.axvline(head, color=plot.GREY, lw=1.5, ls="--")
+        right.text(head + 0.001, 0.5, "head alone", color=plot.INK)
+        right.set(yticks=range(len(order)), yticklabels=[], ylim=height)
+        right.set(xlabel="diagnoses right")
     looks = ((plot.ORANGE, "o", "learned"), (plot.BLUE, "D", "retained: base dates"))
     for color, shape, label in looks:
         left.plot([], [], shape, color=color, label=label)
     counts = {n: stored["figures"][f"{n}.trainable"]["value"] for n in names}
-    left.set(xlim=(-0.03, 1.03), ylim=(-0.6, len(order) - 0.4))
+    left.set(xlim=(-0.03, 1.03), ylim=height, xlabel="dates right")
     left.set_yticks(range(len(order)), [f"{n}  {counts[n]:,}" for n in order])
     plot.legend(left)
     save_picture(left.figure, "families.svg")
