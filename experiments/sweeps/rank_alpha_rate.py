@@ -14,9 +14,7 @@ Each row of the last four has a learning rate of its own: from a start the searc
 half a decade at a time until the best on dev records has a worse one on either side.
 An hour and a half on two cores; a part by its name alone, beside what is stored:
 
-    python -m experiments.sweeps.rank_alpha_rate batches
-
-`batches` has not been run yet."""
+    python -m experiments.sweeps.rank_alpha_rate batches"""
 
 import sys
 
