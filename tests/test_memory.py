@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from experiments.sweeps import memory as sweep
-from peftlab import adam8bit, lora, memory, qlora
+from peftlab import adam8bit, lora, memory
 from peftlab.kit import measure, results
 from peftlab.memory import __main__ as command
 from peftlab.memory import calculator, cards, tracker
@@ -125,6 +125,15 @@ STEPS = [
     (LLAVA, dict(method="full", seq=32, batch=2)),
     (LLAVA, dict(method="lora", seq=32, batch=2, dtype="float32", r=64)),
     (MAMBA, dict(method="full", seq=64, batch=2)),
+    # an 8-bit base, what peft prepares, and inference, which fills its cache
+    (llama(), dict(method="lora8bit", seq=192, batch=4)),
+    (llama(vocab=9000), dict(method="lora8bit", seq=128, batch=2, checkpointing=True)),
+    (WIDE, dict(method="lora8bit", seq=200, batch=2, kbit_prepared=True)),
+    (gpt2(0.0), dict(method="qlora", seq=64, batch=2, kbit_prepared=True)),
+    (llama(), dict(method="inference", seq=256, batch=4, dtype="float32")),
+    (llama(vocab=9000), dict(method="inference", seq=128, batch=1, dtype="float32")),
+    (BERT, dict(method="inference", seq=120, batch=8)),
+    (T5, dict(method="inference", seq=128, batch=2)),
 ]
 # Labels of their kind: of several classes, and of one.
 SEVERAL = dict(problem_type="multi_label_classification", num_labels=3)
@@ -140,6 +149,28 @@ def test_a_step_of_another_shape_takes_what_is_predicted(config, settings):
     predicted = memory.step(config, device="cpu", **settings)["total"]
     real = sweep.measured(config, **settings)
     assert predicted == pytest.approx(real, rel=0.03), f"{predicted / real:.4f}"
+
+
+def test_a_generation_takes_no_more_than_one_pass_over_all_its_tokens():
+    config, seq, batch = llama(256, 4, 4, 2), 160, 4
+    settings = dict(seq=seq, batch=batch, dtype="float32", device="cpu")
+    predicted = memory.step(config, "inference", **settings)
+    assert predicted["gradients"] == predicted["optimizer"] == 0
+    model = tf.LlamaForCausalLM(config).eval()
+    shared = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def peak(prompt):
+        ids = torch.ones(batch, prompt, dtype=torch.long)
+        mask, new = torch.ones_like(ids), seq - prompt
+        settings = dict(attention_mask=mask, max_new_tokens=new, **shared)
+        work = lambda: model.generate(ids, **settings)  # noqa: E731
+        work()
+        return measure.nbytes(model) + measure.peak_memory(work)
+
+    cache = 4 * batch * seq * 2 * 2 * 64 * 4  # layers, tokens, K and V of 2 heads
+    assert predicted["activations"] > cache
+    assert peak(seq - 1) == pytest.approx(predicted["total"], rel=0.05)
+    assert peak(8) < predicted["total"]
 
 
 def test_attention_that_no_hardware_stores_is_not_counted(monkeypatch):
@@ -241,6 +272,7 @@ PUBLISHED = """
     llama-13b  13_015_864_320    llama-2-13b  13_015_864_320  gpt2-xl  1_557_611_200
     llama-33b  32_528_943_616    llama-2-70b  68_976_648_192  tiny-decoder  918_656
     llama-65b  65_285_660_672    llama-3-8b  8_030_261_248   llama-3-70b  70_553_706_496
+    mistral-7b  7_241_732_096    qwen2.5-0.5b  494_032_768   qwen2.5-7b  7_615_616_512
 """.split()
 BASES = dict(zip(PUBLISHED[::2], map(int, PUBLISHED[1::2]), strict=True))
 # T5 1.1, less the head that transformers ties, and GPT-3: as they are rounded.
@@ -255,10 +287,10 @@ def test_a_built_in_shape_has_the_published_count(name):
     assert measure.count(memory.load(name), kind=kind)["base"] == BASES[name]
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "lora8bit", "qlora"])
 def test_weights_and_gradients_are_the_bytes_of_a_real_model(method):
     model = tf.LlamaForCausalLM(llama()).bfloat16()
-    dict(lora=lora.add, qlora=qlora.add)[method](model, "all-linear", r=4)
+    memory.METHODS[method](model, "all-linear", r=4)
     found = memory.step(llama(), method, r=4, seq=8)
     assert found["weights"] == measure.nbytes(model)
     tensors = lora.state_dict(model)
@@ -266,6 +298,78 @@ def test_weights_and_gradients_are_the_bytes_of_a_real_model(method):
     assert found["trainable"] == sum(t.numel() for t in tensors.values())
     assert found["parameters"] - found["trainable"] == measure.count(llama())["base"]
     assert found["total"] == sum(found[part] for part in PARTS[:-1])
+
+
+def test_linears_in_8_bits_take_a_byte_a_weight_and_four_a_row():
+    found = {m: memory.step(llama(), m, seq=8)["weights"] for m in memory.METHODS}
+    width, inner, kv = 192, 384, 64
+    rows = 2 * width + 2 * kv + 2 * inner + width
+    weights = 2 * width * width + 2 * kv * width + 3 * inner * width
+    assert found["lora"] - found["lora8bit"] == 3 * (weights - 4 * rows)
+    assert found["qlora"] < found["lora8bit"] < found["lora"] < found["full"]
+    assert found["inference"] == pytest.approx(found["full"] / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora8bit", "qlora"])
+def test_what_peft_prepares_has_the_bytes_of_its_own_function(method):
+    from peft import prepare_model_for_kbit_training
+
+    config = tf.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=300)
+    model = tf.GPT2LMHeadModel(config).bfloat16()
+    memory.METHODS[method](model, "all-linear", r=4)
+    trained = {p: p.requires_grad for p in model.parameters()}
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert {p.dtype for p in trained} == {torch.float32}, "biases, norms and embedding"
+    found = memory.step(config, method, r=4, seq=8, kbit_prepared=True)
+    assert found["weights"] == measure.nbytes(model)
+
+
+def test_llama_3_8b_prepared_takes_2_10_gb_more():
+    found = [RESULTS["models"][f"case.kbit.{on}"]["weights"] for on in (False, True)]
+    embedding, head, norms = 128256 * 4096, 128256 * 4096, 65 * 4096
+    assert found[1] - found[0] == 2 * (embedding + head + norms)
+    assert f"{(found[1] - found[0]) / 1e9:.2f}" == "2.10"
+
+
+# Several GPUs
+
+FIGURE_1 = [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)]  # ZeRO's paper: level, GB
+
+
+@pytest.mark.parametrize("level, gigabytes", FIGURE_1)
+def test_zero_divides_as_in_the_papers_figure(level, gigabytes):
+    n = 7_500_000_000  # parameters; mixed precision: 2 + 2 + 12 bytes, 64 GPUs
+    parts = memory.shard(2 * n, 2 * n, 12 * n, gpus=64 if level else 1, zero=level)
+    assert round(sum(parts) / 1e9, 1) == gigabytes
+
+
+def test_each_level_divides_one_more_part():
+    def step(gpus, zero, method="full"):
+        return memory.step(llama(vocab=9000), method, seq=32, gpus=gpus, zero=zero)
+
+    one = step(1, 0)
+    levels = [step(4, level) for level in range(4)]
+    assert levels[0] == one
+    for part, first in dict(optimizer=1, gradients=2, weights=3).items():
+        for level, found in enumerate(levels):
+            assert found[part] == (-(-one[part] // 4) if level >= first else one[part])
+    # The highest point is no longer the end, with every gradient there, but the loss.
+    logits = 32 * 9000 * 4
+    assert levels[2]["activations"] > 2 * logits > one["activations"]
+    embedding = 9000 * 192 * 4
+    assert levels[3]["activations"] == levels[2]["activations"] + embedding
+    totals = [found["total"] for found in levels]
+    assert totals == sorted(totals, reverse=True)
+    assert step(4, 3, "inference")["weights"] == step(1, 0, "inference")["weights"] / 4
+
+
+def test_an_update_is_divided_with_the_weights():
+    def step(gpus, zero):
+        settings = dict(seq=8, optimizer="adamw-foreach", gpus=gpus, zero=zero)
+        return memory.step(llama(vocab=9000), "full", **settings)
+
+    one, two = step(1, 0), step(2, 1)
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.01)
 
 
 def test_the_states_are_those_of_the_optimizers():
@@ -397,6 +501,8 @@ def test_a_card_holds_less_than_its_name_says():
         assert memory.fits(room - 1) == name != memory.fits(room + 1e3)
     assert memory.fits(0) == "T4 (16 GB)" and memory.fits(1e12) is None
     assert memory.fits(10**400) is None
+    assert memory.fits(0, bfloat16=True) == "T4 (16 GB, no bfloat16: use float16)"
+    assert memory.fits(2e10, bfloat16=True) == "L4 or A10G (24 GB)"
     for total in (-1, float("nan"), "8", True):
         refused("bytes are a number", memory.fits, total)
 
@@ -411,7 +517,7 @@ def test_the_public_figures_come_out_or_are_said_not_to():
     # "33B on a 24 GB card": the same.
     assert total["33b"] > room["RTX 3090 or 4090"]
     assert total["33b.small"] < room["L4 or A10G"]
-    assert gpu["7b"] == "T4 (16 GB)"
+    assert gpu["7b"] == "T4 (16 GB, no bfloat16: use float16)"
     # 780 GB are 12 bytes a parameter, between our two; 350 GB are GPT-3's.
     assert total["65b.bf16"] < 780e9 < total["65b.full"]
     assert total["gpt3"] == pytest.approx(350e9, rel=0.01)
@@ -450,11 +556,20 @@ XLNET = tf.XLNetConfig(n_layer=1, d_model=32, n_head=2)
 ROBERTA = tf.RobertaConfig(max_position_embeddings=20, num_hidden_layers=1)
 HEADS = tf.GPT2Config(n_embd=128, n_head=3)
 BAD = [
-    (dict(method="dora"), "there are: full, lora, qlora"),
+    (dict(method="dora"), "there are: full, lora, lora8bit, qlora, inference"),
     (dict(method=["lora"]), "there are: full, lora"),
-    (dict(method="full", r=8), "r is of lora and qlora"),
+    (dict(method="full", r=8), "r is of lora, lora8bit and qlora"),
+    (dict(method="inference", targets=["q_proj"]), "trains nothing: targets is of"),
+    (dict(method="inference", checkpointing=True), "no backward pass"),
+    (dict(method="lora8bit", dtype="float16"), "lora8bit packs bfloat16 weights"),
+    (dict(method="lora", kbit_prepared=True), "packs no weights: kbit_prepared is of"),
+    (dict(method="qlora", kbit_prepared="yes"), "True or False"),
+    (dict(gpus=0), "gpus must be a whole number from 1"),
+    (dict(gpus=8, zero=4), "zero must be a whole number from 0 to 3"),
+    (dict(zero=1), "gpus must be at least 2"),
+    (dict(method="lora8bit", gpus=8, zero=3), "8-bit weights are not: take qlora"),
     (dict(method="full", targets=["q_proj"]), "targets is of lora"),
-    (dict(method="qlora", dtype="float16"), "dtype is of full and"),
+    (dict(method="qlora", dtype="float16"), "dtype is of full, lora and"),
     (dict(double_quant=True), "double_quant is of qlora"),
     (dict(method="full", double_quant=False), "is of qlora"),
     (dict(r=2.5), "whole number"),
@@ -578,6 +693,31 @@ def test_a_type_that_transformers_builds_needs_no_code_of_its_own(named, tmp_pat
     assert found == want, "what is packed is ours to say"
 
 
+PHI_4 = dict(  # a class that transformers has, and an auto_map that it does not need
+    model_type="phi3",
+    architectures=["Phi3ForCausalLM"],
+    auto_map=dict(
+        AutoConfig="configuration_phi3.Phi3Config",
+        AutoModelForCausalLM="modeling_phi3.Phi3ForCausalLM",
+    ),
+    **sizes(5120, 40, 40, intermediate_size=17920, num_key_value_heads=10),
+    vocab_size=100352,
+    max_position_embeddings=16384,
+    original_max_position_embeddings=16384,
+    tie_word_embeddings=False,
+    pad_token_id=100257,
+    rope_theta=250000,
+    rope_scaling=None,
+    sliding_window=None,
+)
+
+
+def test_phi_4_has_its_published_count(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PHI_4))
+    count = measure.count(memory.load(tmp_path))
+    assert count["base"] == 14_659_507_200
+
+
 def test_a_config_is_read_from_a_file_or_its_folder(tmp_path):
     config = llama()
     config.architectures = ["LlamaForCausalLM"]
@@ -601,10 +741,18 @@ def test_the_command_prints_the_parts_and_the_card(capsys):
     assert command.main(arguments.split()) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == [*PARTS, "trains", "fits"]
-    assert out[0].endswith(" GB") and out[-1].endswith("T4 (16 GB)")
+    assert out[0].endswith(" GB")
+    assert out[-1].endswith("T4 (16 GB, no bfloat16: use float16)")
     assert "38,912 of 957,568 (4.06%)" in out[-2]
     huge = dict.fromkeys(PARTS, 1e12) | dict(trainable=1, parameters=1, gpu=None)
     assert "none of them" in command.report(huge)
+
+
+def test_the_command_says_that_the_bytes_are_of_one_gpu_of_several(capsys):
+    line = "--config tiny-decoder --method full --seq 8 --gpus 4 --zero 3"
+    assert command.main(line.split()) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "on each of  4 GPUs, ZeRO level 3"
 
 
 def test_the_model_that_ships_is_counted_with_the_defaults(capsys):
@@ -622,6 +770,8 @@ LINES = {
     "--targets q_proj,v_proj --checkpointing": SOME,
     "--method qlora --no-double-quant --device cpu": ONCE,
     "--targets all-linear --r 2 --batch 3": dict(r=2, batch=3),
+    "--method lora8bit --kbit-prepared": dict(method="lora8bit", kbit_prepared=True),
+    "--method inference --gpus 2 --zero 3": dict(method="inference", gpus=2, zero=3),
 }
 
 

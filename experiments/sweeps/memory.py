@@ -23,6 +23,10 @@ from peftlab.memory.tracker import nbytes
 from tools.figures import refresh_pages, save_picture
 
 METHODS = ("full", "lora", "qlora")
+NEWER = {  # on the three sizes: an 8-bit base, and what peft prepares
+    "lora8bit": [{}, dict(checkpointing=True)],
+    "qlora": [dict(kbit_prepared=True)],
+}
 NAMES = dict(full="full", lora="LoRA", qlora="QLoRA")
 WIDEST = 160e9  # bytes of the longest bar that is drawn
 PARTS = ("weights", "gradients", "optimizer", "activations", "total")
@@ -68,6 +72,18 @@ CLAIMS = {  # what is said of a model, and the setting that comes nearest
     "65b.bf16": dict(config="llama-65b", method="full", dtype="bfloat16"),
     "gpt3": dict(config="gpt-3", dtype="float16", r=4, targets=LINEARS),
 }
+CASES = {  # four sequences; with checkpointing where it trains
+    "lora8bit": dict(config="llama-2-7b", method="lora8bit", checkpointing=True),
+    "inference": dict(config="llama-2-7b", method="inference"),
+}
+for more in (None, True):
+    CASES[f"kbit.{bool(more)}"] = dict(
+        config="llama-3-8b", method="qlora", checkpointing=True, kbit_prepared=more
+    )
+for level in range(4):
+    CASES[f"zero.{level}"] = dict(
+        config="llama-2-7b", method="full", checkpointing=True, gpus=8, zero=level
+    )
 
 
 def measured(
@@ -80,9 +96,13 @@ def measured(
     checkpointing=False,
     r=None,
     targets=None,
+    kbit_prepared=None,
 ):
     """Bytes that a real step takes at its highest point, those held before included."""
-    settings = calculator.method_settings(method, r, targets, dtype, None)
+    settings = calculator.method_settings(
+        method, r, targets, dtype, None, kbit_prepared
+    )
+    settings.pop("kbit_prepared", None)
     shape, dtype = memory.load(config), settings.pop("dtype")
     kind = type(measure._on_meta(shape, dtype, None))  # the class that the shape is of
     torch.manual_seed(0)
@@ -90,6 +110,10 @@ def measured(
     add = memory.METHODS[method]
     if add is not None:
         model = add(model, **settings)
+    if method == "inference":
+        model.eval().requires_grad_(False)
+    if kbit_prepared:
+        calculator.prepare_for_kbit_training(model)
     if checkpointing:
         calculator.enable_checkpointing(model)
     inputs = {
@@ -97,13 +121,14 @@ def measured(
         for name, t in calculator.make_inputs(model, batch, seq).items()
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    updates = memory.OPTIMIZERS[optimizer](trained, lr=1e-5)
+    updates = memory.OPTIMIZERS[optimizer](trained, lr=1e-5) if trained else None
 
     def two_steps():
         for _ in range(2):
-            calculator.loss_of(model, inputs).backward()
-            updates.step()
-            updates.zero_grad()
+            calculator.pass_through(model, inputs)
+            if updates:
+                updates.step()
+                updates.zero_grad()
 
     # The optimizer's state is born in there: of blocks that were there before, the
     # profiler does not see the end, and an 8-bit state is replaced at each step.
@@ -139,6 +164,19 @@ def cells():
         for method in METHODS
         for checkpointing in (False, True)
     ]
+    jobs += [
+        (name, *shape, dict(method=method, **more))
+        for name, shape in SIZES.items()
+        for method, settings in NEWER.items()
+        for more in settings
+    ]
+    # In bfloat16 a CPU with AVX512 copies the head's weights for each sequence, to
+    # multiply the last token with them: no GPU does, and it is not counted.
+    inference = dict(method="inference", dtype="float32")
+    jobs += [(name, *shape, inference) for name, shape in SIZES.items()]
+    shape, seq, batch = SIZES["width 1024"]
+    inference = dict(method="inference", dtype="bfloat16")
+    jobs.append(("width 1024", shape, seq * batch, 1, inference))
     middle = "width 512"
     jobs += [
         (middle, *SIZES[middle], dict(method="full", optimizer=optimizer))
@@ -168,15 +206,25 @@ def claims():
     }
 
 
+def cases():
+    return {
+        name: memory.step(seq=512, batch=4, **case)
+        for name, case in tqdm(CASES.items(), desc="cases")
+    }
+
+
 def key(row):
     """width 512.lora.checkpointing, or width 512.full.sgd"""
-    more = "checkpointing" if row.get("checkpointing") else row.get("optimizer")
+    settings = ("checkpointing", "kbit_prepared")
+    more = next((s for s in settings if row.get(s)), row.get("optimizer"))
+    more = "bfloat16" if row.get("dtype") == "bfloat16" else more
     return ".".join(filter(None, (row["shape"], row["method"], more)))
 
 
 def derive(rows, models):
     """Ratios as they are; bytes in MB (10^6) of what is measured, in GB of the rest."""
-    figures, ratios = {}, [row["ratio"] for row in rows]
+    figures = {}
+    ratios = [row["ratio"] for row in rows if row.get("dtype") != "bfloat16"]
     for row in rows:
         figures[f"{key(row)}.ratio"] = dict(value=row["ratio"], tolerance=0.05)
         sizes = dict(measured=row["measured"], predicted=row["predicted"]["total"])
@@ -190,6 +238,8 @@ def derive(rows, models):
             value = found[part] / 1e9
             figures[f"{name}.{part}"] = dict(value=value, tolerance=value / 100)
         figures[f"{name}.trainable"] = dict(value=found["trainable"], tolerance=0)
+    prepared = [models[f"case.kbit.{on}"]["weights"] / 1e9 for on in (False, True)]
+    figures["kbit.more"] = dict(value=prepared[1] - prepared[0], tolerance=0.01)
     for name, size in memory.CARDS.items():
         value = size * GIB / 1e9
         figures[f"card.{name.partition(' (')[0]}"] = dict(value=value, tolerance=0)
@@ -226,8 +276,9 @@ def draw():
 
 def main():
     torch.set_num_threads(1)
-    rows, big, said = cells(), large(), claims()
+    rows, big, said, more = cells(), large(), claims(), cases()
     models = big | {f"claim.{name}": found for name, found in said.items()}
+    models |= {f"case.{name}": found for name, found in more.items()}
     figures = derive(rows, models)
     results.save(
         "memory",

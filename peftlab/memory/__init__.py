@@ -14,9 +14,11 @@ each storage's birth to its death. It is a second step: the optimizer has its st
 | optimizer | its state |
 | activations | the highest point of a step above these three: all that comes and goes |
 
-Sequences are whole: no padding, no packing; every token has a label. Gradients are
-set to None after a step. A GPU and a CPU differ in four ways, and `device` says whose
-are counted. With dropout on its attention a CPU stores the scores, a GPU does not. A
+Of several GPUs it is what each one holds (see `zero.py`); of inference, one forward
+pass. `lookup` has common models in a table, which the page in the book reads too.
+Sequences are whole: no padding, no packing; every token has a label. Gradients are set
+to None after a step. A GPU and a CPU differ in four ways, and `device` says whose are
+counted. With dropout on its attention a CPU stores the scores, a GPU does not. A
 dropout mask has a number for each element on a CPU, on a GPU one byte. AdamW goes
 through the weights one by one on a CPU; on a GPU it is the fused one, as transformers'
 Trainer has it, and needs nothing but its state. Plain `torch.optim.AdamW` works on all
@@ -30,7 +32,9 @@ GB are 10^9 bytes, everywhere.
 from .calculator import DEVICES, DTYPES, METHODS, OPTIMIZERS, step
 from .cards import CARDS, fits
 from .shapes import SHAPES, load
+from .table import lookup
 from .tracker import Tracker
+from .zero import shard
 
 __all__ = [
     "CARDS",
@@ -42,5 +46,7 @@ __all__ = [
     "Tracker",
     "fits",
     "load",
+    "lookup",
+    "shard",
     "step",
 ]

@@ -46,6 +46,10 @@ def _parser():
     add("--checkpointing", action="store_true", help="activation checkpointing")
     add("--double-quant", action=argparse.BooleanOptionalAction, help="of qlora; on")
     add("--device", default="cuda", help="whose step is counted: cuda, cpu")
+    kbit = "embedding, norms and head in float32, as peft prepares for 4 and 8 bits"
+    add("--kbit-prepared", action=argparse.BooleanOptionalAction, help=kbit)
+    add("--gpus", type=_whole, default=1, help="that share the work")
+    add("--zero", type=_whole, default=0, help="what they divide: level 0 to 3")
     add("--json", action="store_true", help="bytes as JSON")
     return parser
 
@@ -87,6 +91,8 @@ def main(arguments=None):
         print(json.dumps(sizes, indent=1))
         return 0
     print(report(sizes))
+    if options["gpus"] > 1:
+        print(f"{'on each of':12}{options['gpus']} GPUs, ZeRO level {options['zero']}")
     if options["seq"] is None:
         seq = default_seq(options["config"])
         if seq < SEQ:

@@ -1,7 +1,8 @@
 """A training step on the meta device, and the bytes that it would have held.
 
 The model is built, the method is added, and the step is run for real: forward,
-backward, optimizer. It is a second step: the optimizer has its state.
+backward, optimizer. It is a second step: the optimizer has its state. Inference is a
+forward pass and no more.
 """
 
 import contextlib
@@ -11,16 +12,36 @@ import inspect
 import torch
 from torch.nn.modules import module
 
-from peftlab import adam8bit, lora, qlora
+from peftlab import adam8bit, int8, lora, qlora, surgery
 from peftlab.kit import measure
 
+from . import zero as sharding
 from .cards import fits
 from .messages import check_one_of, check_whole, one_sentence, quiet, shown
 from .shapes import load
 from .tracker import Tracker, as_on, nbytes
 
 DTYPES = {str(t)[6:]: t for t in (torch.float32, torch.bfloat16, torch.float16)}
-METHODS = {"full": None, "lora": lora.add, "qlora": qlora.add}
+
+
+def add_lora8bit(model, targets, r):
+    """LoRA over linears in 8 bits, all but the head: peft's over `load_in_8bit`."""
+    linears = surgery.select(model, "all-linear")
+    packed = {layer: int8.Int8Linear(layer) for layer in linears}
+    lora.add(model, targets, r)
+    surgery.swap(model, packed)
+    return model
+
+
+METHODS = {
+    "full": None,
+    "lora": lora.add,
+    "lora8bit": add_lora8bit,
+    "qlora": qlora.add,
+    "inference": None,
+}
+LORAS = ("lora", "lora8bit", "qlora")
+PACKED = ("lora8bit", "qlora")
 DEVICES = ("cuda", "cpu")
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -28,6 +49,7 @@ OPTIMIZERS = {
     "adamw8bit": adam8bit.Adam8bit,
     "sgd": torch.optim.SGD,
 }
+PARTS = ("weights", "gradients", "optimizer", "activations")
 SEQ = 512  # tokens, where nothing is said and the model can
 # More than anyone has: a step of this size is refused and not counted.
 MOST_TOKENS = 10**7
@@ -48,30 +70,42 @@ def step(
     checkpointing=False,
     double_quant=None,
     device="cuda",
+    kbit_prepared=None,
+    gpus=1,
+    zero=0,
 ):
-    """What a training step takes, in bytes.
+    """What a training step takes on each GPU, or inference, in bytes.
 
     Args:
         config: a name in SHAPES, a `config.json` or a folder that has one, or a
             transformers config.
-        method: "full", "lora" (the base in `dtype`, A and B in float32) or "qlora" (its
-            linears in NF4, the rest of the base in bfloat16, A and B in float32).
+        method: "full", "lora" (the base in `dtype`, A and B in float32), "lora8bit" or
+            "qlora" (its linears in 8 bits or in NF4, the rest of the base in bfloat16,
+            A and B in float32), or "inference": one pass over all the tokens, without
+            gradients, that fills the KV cache and gives the last token's logits. A
+            generation that ends at `seq` tokens takes no more.
         r: LoRA's rank, 16 by default.
         targets: names of linears, by default "all-linear".
         seq: tokens of a sequence, by default 512, or the model's maximum if it is less.
-        batch: sequences of a step.
+        batch: sequences of a step, on each GPU.
         dtype: of the weights, by default "float32" for full (16 bytes a parameter with
-            AdamW), "bfloat16" for lora.
+            AdamW), "bfloat16" for lora and inference.
         optimizer: one of OPTIMIZERS.
         checkpointing: whether activations are computed again in the backward pass,
             layer by layer.
         double_quant: of qlora, on by default.
         device: "cuda" or "cpu", whose attention, dropout and AdamW are counted.
+        kbit_prepared: of lora8bit and qlora, off by default: whether peft's
+            `prepare_model_for_kbit_training` has made float32 of all that is not
+            packed: embedding, norms, head and biases.
+        gpus: how many share the work.
+        zero: the level at which they divide what they hold, 0 to 3: see `shard`.
 
     Returns:
         A dict. Bytes: weights, gradients, optimizer, activations and their sum, total.
         Numbers: trainable and parameters, the base counted before it is packed. And
-        gpu: what `fits` says of the total. A weight that no gradient reaches, such as a
+        gpu: what `fits` says of the total. With several GPUs the bytes are each one's,
+        and the numbers the whole model's. A weight that no gradient reaches, such as a
         reader of images where there are none, has no gradient and no state.
 
     Raises:
@@ -79,8 +113,9 @@ def step(
             has, a combination that cannot be, and a model that does not run without
             data.
     """
-    settings = method_settings(method, r, targets, dtype, double_quant)
-    _check(seq, batch, optimizer, checkpointing, device)
+    settings = method_settings(method, r, targets, dtype, double_quant, kbit_prepared)
+    check(seq, batch, optimizer, checkpointing, device)
+    check_sharing(method, checkpointing, gpus, zero)
     config = load(config)
 
     with quiet(), as_on(device):
@@ -90,12 +125,14 @@ def step(
             inputs = make_inputs(model, batch, seq)
             if checkpointing:
                 enable_checkpointing(model)
-            sizes = _run(model, inputs, optimizer, device)
+            found = run(model, inputs, optimizer, device)
 
+    sizes = shared(found, gpus, zero)
     trainable = measure.parameters(model)[0]
-    parameters = base if method == "full" else base + trainable
+    parameters = base + trainable if method in LORAS else base
     sizes |= dict(trainable=trainable, parameters=parameters)
-    return sizes | dict(gpu=fits(sizes["total"]))
+    bfloat16 = settings["dtype"] == torch.bfloat16
+    return sizes | dict(gpu=fits(sizes["total"], bfloat16))
 
 
 def default_seq(config):
@@ -108,21 +145,30 @@ def default_seq(config):
 # What is asked for
 
 
-def method_settings(method, r, targets, dtype, double_quant):
+def method_settings(method, r, targets, dtype, double_quant, kbit_prepared=None):
     """The base's dtype and what goes to the method's `add`, by name.
 
     Raises:
         ValueError: for a combination that cannot be.
     """
     check_one_of("method", method, METHODS)
-    if method == "full":
+    if method not in LORAS:
+        what = "everything" if method == "full" else "nothing"
         for name, value in dict(r=r, targets=targets).items():
             if value is not None:
-                raise ValueError(f"full trains everything: {name} is of lora and qlora")
-    if method == "qlora" and dtype is not None:
-        raise ValueError("qlora packs bfloat16 weights: dtype is of full and lora")
+                raise ValueError(
+                    f"{method} trains {what}: {name} is of lora, lora8bit and qlora"
+                )
+    if method in PACKED and dtype is not None:
+        raise ValueError(
+            f"{method} packs bfloat16 weights: dtype is of full, lora and inference"
+        )
     if method != "qlora" and double_quant is not None:
-        raise ValueError(f"{method} packs no weights: double_quant is of qlora")
+        raise ValueError(f"{method} packs no weights twice: double_quant is of qlora")
+    if method not in PACKED and kbit_prepared is not None:
+        raise ValueError(
+            f"{method} packs no weights: kbit_prepared is of lora8bit and qlora"
+        )
 
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype)[6:]
@@ -131,7 +177,7 @@ def method_settings(method, r, targets, dtype, double_quant):
     check_one_of("dtype", dtype, DTYPES)
 
     settings = dict(dtype=DTYPES[dtype])
-    if method != "full":
+    if method in LORAS:
         settings["r"] = 16 if r is None else r
         settings["targets"] = "all-linear" if targets is None else targets
         check_whole("the rank r", settings["r"], 10**5)
@@ -140,6 +186,9 @@ def method_settings(method, r, targets, dtype, double_quant):
         double_quant = True if double_quant is None else double_quant
         _check_bool("double_quant", double_quant)
         settings["double_quant"] = double_quant
+    if kbit_prepared is not None:
+        _check_bool("kbit_prepared", kbit_prepared)
+        settings["kbit_prepared"] = kbit_prepared
     return settings
 
 
@@ -155,13 +204,24 @@ def _check_targets(targets):
             )
 
 
-def _check(seq, batch, optimizer, checkpointing, device):
+def check(seq, batch, optimizer, checkpointing, device):
     if seq is not None:
         check_whole("seq", seq, MOST_TOKENS)
     check_whole("batch", batch, MOST_SEQUENCES)
     _check_bool("checkpointing", checkpointing)
     check_one_of("optimizer", optimizer, OPTIMIZERS)
     check_one_of("device", device, DEVICES)
+
+
+def check_sharing(method, checkpointing, gpus, zero):
+    sharding.check(gpus, zero)
+    if method == "inference" and checkpointing:
+        raise ValueError("inference has no backward pass: checkpointing is of training")
+    if method == "lora8bit" and zero == 3:
+        raise ValueError(
+            "zero 3 divides floats, which 8-bit weights are not: take qlora, whose 4 "
+            "bits can be stored as floats, or level 2"
+        )
 
 
 def _check_bool(what, value):
@@ -172,7 +232,7 @@ def _check_bool(what, value):
 # The model
 
 
-def build(config, method, dtype, **settings):
+def build(config, method, dtype, kbit_prepared=False, **settings):
     """A model on the meta device with its method, and the base's parameters.
 
     Raises:
@@ -188,7 +248,18 @@ def build(config, method, dtype, **settings):
     if add is not None:
         with one_sentence(f"{method} cannot be added to a {type(model).__name__}"):
             model = add(model, **settings)
+    if method == "inference":
+        model.eval().requires_grad_(False)
+    if kbit_prepared:
+        prepare_for_kbit_training(model)
     return model, base
+
+
+def prepare_for_kbit_training(model):
+    """float32 for all parameters of 16 bits: what peft's function does to the bytes."""
+    for p in model.parameters():
+        if p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
 
 
 @contextlib.contextmanager
@@ -229,7 +300,15 @@ def _length(model, seq):
                 f"{heads} attention heads cannot share {shared} keys and values"
             )
 
-    most = _most_positions(model, configs)
+    return length(seq, _most_positions(model, configs))
+
+
+def length(seq, most):
+    """Tokens of a sequence: `seq`, or the default where that is None.
+
+    Raises:
+        ValueError: for more than the model has positions.
+    """
     if seq is None:
         return min(SEQ, most)
     if seq > most:
@@ -269,7 +348,11 @@ def enable_checkpointing(model):
 
 
 def make_inputs(model, batch, seq):
-    """What the model's forward is called with: tokens, and labels where it has some."""
+    """What the model's forward is called with: tokens, and labels where it has some.
+
+    In inference it has none, and as in `generate` the KV cache is filled and one token
+    has logits.
+    """
     arguments = inspect.signature(model.forward).parameters
     kind = type(model).__name__
     config = model.config
@@ -280,6 +363,12 @@ def make_inputs(model, batch, seq):
         return torch.zeros(*shape, dtype=torch.long, device="meta")
 
     inputs = dict(input_ids=ids(batch, seq))
+    if not model.training:
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids(batch, seq)
+        others = dict(use_cache=True, logits_to_keep=1)
+        return inputs | {k: v for k, v in others.items() if k in arguments}
+
     tasks = ("ForSequenceClassification", "ForNextSentencePrediction")
     whole = kind.endswith(tasks)  # a label for each sequence
     if whole and config.problem_type is None:
@@ -307,34 +396,78 @@ def loss_of(model, inputs):
     return out[0].float().mean() if loss is None else loss
 
 
-def _run(model, inputs, name, device):
-    """{part: bytes} of a training step that finds the optimizer with its state."""
+def pass_through(model, inputs):
+    """Forward and backward; in inference, forward."""
+    if model.training:
+        loss_of(model, inputs).backward()
+    else:
+        with torch.no_grad():
+            model(**inputs)
+
+
+def run(model, inputs, name, device, tracker=None):
+    """What a step takes whose optimizer has its state already, in bytes.
+
+    Returns:
+        A dict: weights, gradients, optimizer; block, the largest of the model; and what
+        comes on top of those three: whole in forward and backward, alone in them less
+        the gradients that are made by then, update in the optimizer's step, of which
+        inputs is not its own.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[name](trained)
     weights = [*model.parameters(), *model.buffers()]
     held = [*weights, *inputs.values()]
 
-    with Tracker(device) as tracker:
+    tracker = tracker or Tracker(device)
+    with tracker:
         tracker.enter(held)
-        loss_of(model, inputs).backward()
+        pass_through(model, inputs)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    sizes = dict(weights=nbytes(weights), gradients=nbytes(gradients))
+    state, update = update_of(trained, held, name, device)
+
+    return sizes | dict(
+        optimizer=state,
+        block=max(sharding.block_sizes(model)),
+        whole=tracker.peak - sum(sizes.values()),
+        alone=tracker.peak_without(gradients) - sizes["weights"],
+        update=update,
+        inputs=nbytes(inputs.values()),
+    )
+
+
+def update_of(trained, held, name, device):
+    """Bytes of the optimizer's state, and the most that its second step makes."""
+    if not trained:
+        return 0, 0
+    optimizer = OPTIMIZERS[name](trained)
     with Tracker(device):
         optimizer.step()  # gives the state
 
     # No list of the states: a step may put others in their place.
     state = nbytes(_state(optimizer))
-    peak = tracker.peak + state
-    if (name, device) != ("adamw", "cuda"):  # fused: it makes no tensor at all
-        with Tracker(device) as tracker:
-            tracker.enter([*held, *(p.grad for p in trained), *_state(optimizer)])
-            optimizer.step()
-        peak = max(peak, tracker.peak)
+    if (name, device) == ("adamw", "cuda"):  # fused: it makes no tensor at all
+        return state, 0
+    with Tracker(device) as tracker:
+        tracker.enter([*held, *(p.grad for p in trained), *_state(optimizer)])
+        start = tracker.live
+        optimizer.step()
+    return state, max(tracker.peak - start, 0)
 
-    sizes = dict(
-        weights=nbytes(weights),
-        gradients=nbytes(p.grad for p in trained),
-        optimizer=state,
-    )
-    return sizes | dict(activations=peak - sum(sizes.values()), total=peak)
+
+def shared(found, gpus, zero):
+    """{part: bytes} on each of several GPUs, of what `run` returns or a table has."""
+    parts = (found["weights"], found["gradients"], found["optimizer"])
+    sizes = dict(zip(PARTS, sharding.shard(*parts, gpus, zero), strict=False))
+
+    update = found["update"]
+    if zero >= 1:  # of a share of the weights
+        update = -(-update // gpus)
+    computing = found["alone"] if zero >= 2 else found["whole"]
+    sizes["activations"] = max(computing, found["inputs"] + update)
+    if zero == 3:
+        sizes["activations"] += found["block"]
+    return sizes | dict(total=sum(sizes.values()))
 
 
 def _state(optimizer):

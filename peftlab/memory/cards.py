@@ -19,17 +19,20 @@ CARDS = {
     "H200 (141 GB)": 139.72,
     "B200 (180 GB)": 178.35,
 }
+NO_BFLOAT16 = {"T4 (16 GB)"}
 CONTEXT = 1e9  # bytes: CUDA's context takes 0.5 to 0.65 GB, cuBLAS and others some
 HOLES = 0.05  # a guess: the allocator rounds up and leaves holes
 
 
-def fits(total):
+def fits(total, bfloat16=False):
     """The smallest common card that has room for so many bytes.
 
     CUDA's context and a twentieth of the bytes come on top.
 
     Args:
         total: bytes, a number of at least 0.
+        bfloat16: whether they are computed with in bfloat16. A card that has none
+            computes in float16 instead, of the same size, and its name says so.
 
     Returns:
         The card's name in CARDS; None where none has room.
@@ -43,5 +46,7 @@ def fits(total):
     for card, size in CARDS.items():
         room = (size * GIB - CONTEXT) / (1 + HOLES)
         if total <= room:
+            if bfloat16 and card in NO_BFLOAT16:
+                return f"{card[:-1]}, no bfloat16: use float16)"
             return card
     return None

@@ -61,8 +61,9 @@ def check_one_of(what, name, choices):
         raise ValueError(f"no {what} {shown(name)}; there are: {', '.join(choices)}")
 
 
-def check_whole(what, value, most):
-    if type(value) is not int or not 1 <= value <= most:
+def check_whole(what, value, most, least=1):
+    if type(value) is not int or not least <= value <= most:
         raise ValueError(
-            f"{what} must be a whole number from 1 to {most:,}, not {shown(value)}"
+            f"{what} must be a whole number from {least} to {most:,}, not "
+            f"{shown(value)}"
         )

@@ -80,6 +80,35 @@ def llama(width, layers, inner, positions=2048, kv_heads=None, vocab=32000):
     )
 
 
+def mistral():
+    """Mistral-7B-v0.2, without the sliding window of the first version."""
+    return config(
+        "Mistral",
+        hidden_size=4096,
+        intermediate_size=14336,
+        vocab_size=32000,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=32,
+        max_position_embeddings=32768,
+        sliding_window=None,
+    )
+
+
+def qwen2(width, layers, inner, heads, kv_heads, vocab, **more):
+    return config(
+        "Qwen2",
+        hidden_size=width,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        max_position_embeddings=32768,
+        **more,
+    )
+
+
 def gpt3():
     """Never published: GPT-3's sizes in OPT's modules.
 
@@ -137,6 +166,9 @@ SHAPES = {
     "llama-2-70b": llama(8192, 80, 28672, 4096, kv_heads=8),
     "llama-3-8b": llama(4096, 32, 14336, 8192, kv_heads=8, vocab=128256),
     "llama-3-70b": llama(8192, 80, 28672, 8192, kv_heads=8, vocab=128256),
+    "mistral-7b": mistral(),
+    "qwen2.5-0.5b": qwen2(896, 24, 4864, 14, 2, vocab=151936, tie_word_embeddings=True),
+    "qwen2.5-7b": qwen2(3584, 28, 18944, 28, 4, vocab=152064),
     "gpt-3": gpt3(),
     "tiny-decoder": shipped("tiny-decoder"),
 }

@@ -8,6 +8,7 @@ meta version takes another path than hardware does.
 
 import contextlib
 import functools
+import itertools
 import weakref
 from unittest import mock
 
@@ -15,6 +16,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from peftlab import int8
 
 aten = torch.ops.aten
 # Without values a question gets the answer that fits whole sequences and small numbers:
@@ -34,6 +37,7 @@ class Tracker(TorchDispatchMode):
     Attributes:
         live: bytes that are alive now.
         peak: the most bytes that ever were alive at once.
+        course: the bytes alive at each moment that was looked at, a list.
     """
 
     def __init__(self, device="cpu"):
@@ -41,7 +45,9 @@ class Tracker(TorchDispatchMode):
         self.device = device
         self.live = 0
         self.peak = 0
+        self.course = []
         self.storages = {}  # {address: a reference that keeps nothing alive}
+        self.born = {}  # {address: how many moments came before}
 
     def enter(self, values):
         """Count the storages of those values that are tensors, each storage once."""
@@ -54,19 +60,40 @@ class Tracker(TorchDispatchMode):
                 continue
 
             size = storage.nbytes()
-            self.live += size
             leave = functools.partial(self._leave, address, size)
             self.storages[address] = weakref.ref(storage, leave)
+            self._come(address, size)
+
+    def _come(self, address, size):
+        self.live += size
+        self.born[address] = len(self.course)
 
     def _leave(self, address, size, _):
         self.live -= size
-        del self.storages[address]
+        del self.storages[address], self.born[address]
+
+    def look(self, more=0):
+        """Take this moment into the course, with so many bytes more."""
+        self.course.append(self.live + more)
+        self.peak = max(self.peak, self.course[-1])
+
+    def peak_without(self, tensors):
+        """The most bytes alive at once, less those of `tensors` that were there before.
+
+        A tensor counts at the moment at which it is made, and never again.
+        """
+        made = [0] * (len(self.course) + 1)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            made[self.born[storage._cdata] + 1] += storage.nbytes()
+        before = itertools.accumulate(made)
+        return max(live - gone for live, gone in zip(self.course, before, strict=False))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation is aten._local_scalar_dense.default and hasattr(args[0], "answer"):
             return args[0].answer
 
-        self.peak = max(self.peak, self.live)
+        self.look()
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket
         if name in ANSWERS:
@@ -79,7 +106,7 @@ class Tracker(TorchDispatchMode):
         # not: so the peak is taken at the next operation, once the two are gone.
         in_place = operation is aten.add.Tensor or name in INTO_ZEROS
         if torch.is_grad_enabled() or not in_place or args[0]._is_view():
-            self.peak = max(self.peak, self.live + self._copies(name, args, result))
+            self.look(self._copies(name, args, result))
         return result
 
     def _copies(self, name, args, result):
@@ -129,6 +156,9 @@ def as_on(device):
         if device == "cuda":
             on_device = functools.partial(_dropout, functional.dropout)
             patch(functional, "dropout", on_device)
+        patch(torch, "autocast", functools.partial(_autocast, torch.autocast))
+        patch(int8, "decompose", functools.partial(_decompose, int8.decompose))
+        patch(int8, "_multiply", functools.partial(_multiply, int8._multiply, device))
         # It sums and compares; a tracker knows an answer to `all` alone.
         patch(masking_utils, "fast_all", torch.all)
         # On meta torch has it for bfloat16 alone; experts share the tokens evenly.
@@ -169,6 +199,33 @@ def _dropout(original, input, p=0.5, training=True, inplace=False):
     if inplace or not (input.is_meta and training and p):
         return original(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
+
+
+def _autocast(original, device_type, *args, **more):
+    """Meta has none, and is asked for none but to turn it off."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return original(device_type, *args, **more)
+
+
+def _decompose(original, x, threshold):
+    """No column of x is an outlier; in large models a few of thousands are."""
+    if not x.is_meta:
+        return original(x, threshold)
+    size = x.abs()
+    is_small = size < threshold
+    absmax = size.amax(-1, keepdim=True).float()
+    codes = int8._codes(x, absmax)
+    del size, is_small  # only now, as in the original
+    return int8.Quantized(codes, absmax, x.dtype), x.new_empty(0, dtype=torch.long)
+
+
+def _multiply(original, device, a, b):
+    """A GPU's kernel gives int32, (n, out), and so does that of a CPU with AVX512."""
+    direct = device == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if a.is_meta and direct:
+        return a.new_empty(len(a), len(b), dtype=torch.int32)
+    return original(a, b)
 
 
 def _grouped_mm(x, weights, offs=None, **more):
