@@ -83,6 +83,7 @@ bench: $(SETUP)  ## time all beside peft and bitsandbytes (half an hour, quiet m
 	$(OFFLINE) $(BIN)/python -m experiments.benches.methods
 	$(OFFLINE) $(BIN)/python -m experiments.benches.quantization
 	$(OFFLINE) $(BIN)/python -m experiments.benches.adapter_latency
+	$(OFFLINE) $(BIN)/python -m experiments.benches.int8_linear
 
 adapterhub: $(HUB)/.setup-done  ## compare adapter.py with the adapters library
 	@$(ONE_THREAD) $(OFFLINE) $(HUB)/bin/python tools/adapterhub.py $(if $(STORE),--store)

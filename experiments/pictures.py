@@ -7,18 +7,16 @@ python -m experiments.pictures learn_forget  # one
 import sys
 
 from experiments.benches import methods, quantization
-from experiments.sweeps import atlas, families, memory, outliers, qlora
+from experiments.sweeps import atlas, families, memory, outliers
 
 PICTURES = {  # each writes book/_static/NAME.svg
     "bench": methods.draw,
-    "codes": qlora.draw,
     "families": families.draw,
     "learn_forget": atlas.draw,
     "memory": memory.draw,
     "outliers": outliers.draw,
     "outliers_inserted": outliers.draw_runs,
     "packing": quantization.draw,
-    "quantiles": qlora.draw_quantiles,
 }
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ SWEEPS = (
     "families",
     "adam8bit",
     "outliers",
+    "outlier_size",
     "qlora",
+    "merging",
+    "qlora_quality",
     "memory",
+    "memory_table",
     "icd",
     "rank_alpha_rate",
 )

@@ -229,7 +229,9 @@ def test_a_chapter_links_to_itself_on_colab(chapter):
 def test_a_chapter_installs_this_repository_on_colab(chapter):
     code = [c for c in notebook(chapter)["cells"] if c["cell_type"] == "code"]
     medical = any("icd.diagnoses" in source(c) for c in code)
-    extras = "notebooks,medical" if medical else "notebooks"
+    names = ("BitsAndBytesConfig", "bitsandbytes.optim")
+    packed = any(name in source(c) for c in code for name in names)
+    extras = "notebooks" + ",medical" * medical + ",quantization" * packed
     wanted = (
         'import sys\n\nif "google.colab" in sys.modules:\n'
         f'    %pip install -q "peftlab[{extras}] @ git+{REPOSITORY}"'

@@ -16,8 +16,9 @@ import nbformat
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -26,6 +27,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from peftlab import nf4
 from peftlab.kit import base_models, data
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,10 @@ PAGES = {  # a chapter, and the recipes that its page shows
     "09_prompt_and_prefix": ["09_prompt.py"],
     "10_bitfit_norms_ia3": ["10_ia3.py"],
     "11_what_training_costs": ["11_peak_memory.py"],
+    "12_int8": ["12_int8.py"],
+    "13_nf4": ["13_pack.py"],
+    "14_qlora": ["14_merge.py"],
+    "15_fitting_in_memory": ["15_fit.py"],
 }
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"
@@ -574,6 +580,180 @@ def test_the_calculator_beside_the_measured_peak(stand_in):
     found = dict(re.findall(r"^(predicted|measured) +([\d.]+) GB", out, re.M))
     ratio = float(found["measured"]) / float(found["predicted"])
     assert 0.5 < ratio < 3, f"on a stand-in of a few MB the ratio is {ratio:.2f}"
+
+
+def test_lora_over_a_base_in_8_bits(stand_in):
+    out = run(stand_in, "12_int8.py", *quick(stand_in, "eight"))
+    assert_it_learned(out)
+    wide = sum(p.numel() * 2 for p in load(stand_in).parameters()) / 1e9
+    sizes = [float(size) for size in re.findall(r"8 bits: ([\d.]+) GB", out)]
+    assert len(sizes) == 2 and max(sizes) < wide, f"{sizes}, in 16 bits {wide}"
+    tensors = load_file(stand_in / "eight" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 7, "A and B on seven linears of two layers"
+
+
+def test_the_threshold_reaches_the_layers_and_a_negative_one_is_refused(stand_in):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        recipe = runpy.run_path(str(RECIPES / "12_int8.py"))
+        for threshold in (0.0, 4.5):
+            model, _ = recipe["loader"](threshold)(stand_in / "model")
+            layer = model.model.layers[0].mlp.up_proj
+            assert layer.state.threshold == threshold
+            assert layer.weight.dtype == torch.int8
+            assert model.lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(SystemExit, match="at least 0, not -1"):
+        run(stand_in, "12_int8.py", *quick(stand_in, "never"), "--threshold", -1)
+    assert not (stand_in / "never").exists()
+
+
+def test_a_packed_folder_answers_alone_and_its_errors_are_nf4s(stand_in):
+    prompt = json.loads((stand_in / "records.jsonl").read_text().splitlines()[0])
+    common = ("--model", "model", "--prompt", prompt["prompt"], "--tokens", 12)
+    out = run(stand_in, "13_pack.py", *common, "--out", "packed")
+    answer_of(out, "packed")
+    plain, packed = map(float, re.search(r"MB: ([\d.]+) -> ([\d.]+)", out).groups())
+    assert packed < plain, out
+
+    rows = re.findall(r"^(\w+): error ([\d.]+), ([\d,]+) weights", out, re.M)
+    kinds = {kind: float(error) for kind, error, _ in rows}
+    assert len(kinds) == 7, "seven kinds of linear layers, not the output head"
+    weights = load(stand_in).model.layers
+    for kind, printed in kinds.items():
+        lost = total = 0
+        for layer in weights:
+            (w,) = (p for n, p in layer.named_parameters() if f"{kind}.weight" in n)
+            w = w.detach().bfloat16()
+            q = nf4.quantize(w, double_quant=True)
+            lost += (nf4.dequantize(q).float() - w.float()).square().sum().item()
+            total += w.float().square().sum().item()
+        assert printed == pytest.approx((lost / total) ** 0.5, rel=0.02), kind
+    tensors = load_file(stand_in / "packed" / "model.safetensors")
+    assert sum("quant_state.bitsandbytes__nf4" in n for n in tensors) == 2 * 7
+
+
+def scaled_copy(folder, factor, name):
+    """The adapter first/ with a change of another size, in a folder beside it."""
+    (folder / name).mkdir(exist_ok=True)
+    config = (folder / "first" / "adapter_config.json").read_text()
+    (folder / name / "adapter_config.json").write_text(config)
+    tensors = load_file(folder / "first" / "adapter_model.safetensors")
+    tensors = {n: t * factor if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(tensors, folder / name / "adapter_model.safetensors")
+    return name
+
+
+def merge_of(folder, adapter, into, out):
+    prompt = json.loads((folder / "records.jsonl").read_text().splitlines()[0])
+    common = ("--model", "model", "--prompt", prompt["prompt"], "--tokens", 12)
+    return run(
+        *(folder, "14_merge.py", *common, "--adapter", adapter),
+        *("--into", into, "--out", folder / out),
+    )
+
+
+LINE = r"^(\S+): change ([\d.]+), packing ([\d.]+)$"
+
+
+def test_a_qlora_merged_into_16_bits_in_two_ways(trained, tmp_path):
+    folder, _ = trained
+    base, beside = load(folder), load(folder, "first")
+    effect = (logits(beside) - logits(base)).norm()
+    gaps = {}
+    for way in ("unpacked", "checkpoint"):
+        out = merge_of(folder, "first", way, tmp_path / way)
+        layers = re.findall(LINE, out, re.M)
+        assert len(layers) == 2 * 7, "seven linears in each of two layers"
+        for path, size, error in layers:
+            layer = beside.get_submodule(f"base_model.model.{path}")
+            change = layer.get_delta_weight("default").norm()
+            change = change / base.get_submodule(path).weight.norm()
+            assert float(size) == pytest.approx(change.item(), rel=0.02, abs=1e-4)
+            assert 0.08 < float(error) < 0.11, "packing's, for normal weights"
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / way).float()
+        gaps[way] = (logits(merged) - logits(beside)).norm() / effect
+        assert answer_of(out, "merged")
+    assert gaps["checkpoint"] < 0.1, "beside this base the adapter stood here"
+    assert gaps["unpacked"] > gaps["checkpoint"], "the base's rounding is in it"
+
+
+def test_a_small_change_is_not_merged_into_4_bits(trained, tmp_path):
+    folder, _ = trained
+    small = scaled_copy(folder, 0.01, "small")
+    with pytest.raises(SystemExit, match="it would be lost there: --into checkpoint"):
+        merge_of(folder, small, "packed", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    out = merge_of(folder, small, "unpacked", tmp_path / "small")
+    assert "in 14 of 14 layers the change is the smaller" in out
+
+    large = scaled_copy(folder, 1000, "large")
+    out = merge_of(folder, large, "packed", tmp_path / "large")
+    assert "in 0 of 14 layers" in out and answer_of(out, "merged") is not None
+    tensors = load_file(tmp_path / "large" / "model.safetensors")
+    assert sum(t.dtype == torch.uint8 for n, t in tensors.items()) >= 14
+    with pytest.raises(SystemExit, match="is there already"):
+        merge_of(folder, large, "unpacked", tmp_path / "large")
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    return runpy.run_path(str(RECIPES / "15_fit.py"))
+
+
+def card(size):
+    """GB of a card on which so many bytes just fit, by the recipe's reserve."""
+    return (size + 1e9 + 1) / 0.9e9
+
+
+def test_a_plan_pulls_one_lever_after_the_other(fit, monkeypatch, capsys):
+    sizes = {}
+
+    def count(config, length, way):
+        return sizes.setdefault(tuple(sorted(way.items())), 80 - 10 * len(sizes))
+
+    monkeypatch.setitem(fit["plan"].__globals__, "count", count)
+    way = {}
+    for number, (_, change) in enumerate(fit["PLAN"]):
+        way = way | change
+        assert fit["plan"](None, 64, card(80 - 10 * number)) == way
+        assert len(capsys.readouterr().out.splitlines()) == number + 1
+    assert way["batch"] == 1 and way["method"] == "qlora" and way["checkpointing"]
+    with pytest.raises(SystemExit, match="a larger card"):
+        fit["plan"](None, 64, card(19))
+
+
+@pytest.mark.parametrize("levers", [0, 3])
+def test_a_plan_is_trained_by(stand_in, fit, levers):
+    config = AutoConfig.from_pretrained(stand_in / "model")
+    way = {}
+    for _, change in fit["PLAN"][: levers + 1]:
+        way = way | change
+    size = fit["count"](config, 96, way)
+    common = (*quick(stand_in, f"fit{levers}"), "--card", card(size))
+    out = run(stand_in, "15_fit.py", *common)
+    assert len(re.findall(r"^.+ GB of [\d.]+$", out, re.M)) == levers + 1, out
+    assert_it_learned(out)
+
+
+def test_a_plan_with_every_lever_is_trained_by(stand_in, fit, monkeypatch, capsys):
+    """On a stand-in 4 bits save nothing: its embedding, in 32 bits, is most of it."""
+    way = {}
+    for _, change in fit["PLAN"]:
+        way = way | change
+    monkeypatch.chdir(stand_in)
+    base = fit["qlora_llm"]
+    args = base.options().parse_args([*map(str, quick(stand_in, "fit6"))])
+    load, add = fit["loader"](way), fit["adder"](way)
+    base.main(args, load=load, add_lora=add, train=fit["trainer"](way))
+    assert_it_learned(capsys.readouterr().out)
+
+
+def test_a_plan_alone_loads_no_model(stand_in):
+    common = (*quick(stand_in, "planned"), "--card", 24, "--plan")
+    out = run(stand_in, "15_fit.py", *common)
+    assert out.startswith("LoRA on 16 bits") and out.count("\n") == 1
+    assert not (stand_in / "planned").exists()
 
 
 def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(stand_in):

@@ -12,10 +12,10 @@ import torch
 
 from experiments.common import BASES, records, store, sweep
 from peftlab import int8, lora, nf4, qlora, surgery
-from peftlab.kit import base_models, measure, plot
+from peftlab.kit import base_models, measure
 from peftlab.kit.results import share, table, where
 from peftlab.kit.train import collate, train
-from tools.figures import refresh_pages, save_picture
+from tools.figures import refresh_pages
 
 LAST = 0.9677083  # the probability below NF4's largest value, before it is made 1
 CODES = {"NF4": nf4.NF4, "FP4": nf4.FP4, "INT4": nf4.INT4}
@@ -179,49 +179,6 @@ def derive(runs, before, found):
     return figures
 
 
-def draw():
-    """Where the values of each 4-bit type lie, over normal weights in blocks of 64."""
-    dice = torch.Generator().manual_seed(0)
-    blocks = torch.randn(2**14, 64, generator=dice)
-    scaled = (blocks / blocks.abs().amax(1, keepdim=True)).flatten()
-    label, size = "weight / absmax of its block", (plot.WIDE, 3.2)
-    ax = plot.axes(label, "share of weights", figsize=size)
-    share_of, edges = torch.histogram(scaled, bins=81, range=(-1.0, 1.0))
-    ax.stairs(share_of / len(scaled), edges, fill=True, color=plot.GREY, alpha=0.6)
-    top = (share_of.max() / len(scaled)).item()
-    for row, (name, code) in enumerate(CODES.items()):
-        y = -top * (0.16 + 0.2 * row)
-        color = (plot.BLUE, plot.PURPLE, plot.GREEN)[row]
-        ax.plot(code, [y] * len(code), "|", color=color, ms=13, mew=1.8, clip_on=False)
-        ax.text(-1.08, y, name, color=color, ha="right", va="center")
-    ax.set(ylim=(-top * 0.7, top * 1.05), yticks=[0, 0.01, 0.02], xlim=(-1.04, 1.04))
-    ax.grid(False)
-    save_picture(ax.figure, "codes.svg")
-
-
-def draw_quantiles():
-    """The normal density, cut at NF4's values: each slice above zero holds the same
-    share, and each below."""
-    label, size = "weight, in standard deviations", (plot.WIDE, 2.5)
-    ax = plot.axes(label, "density", figsize=size)
-    normal = torch.distributions.Normal(0.0, 1.0)
-    values = nf4.NF4 * normal.icdf(torch.tensor(LAST))
-    x = torch.linspace(-2.6, 2.6, 600)
-    ax.plot(x, normal.log_prob(x).exp(), color=plot.INK)
-    for i, (low, high) in enumerate(zip(values, values[1:], strict=False)):
-        x = torch.linspace(low, high, 50)
-        color = plot.BLUE if high > 0 else plot.PURPLE
-        y = normal.log_prob(x).exp()
-        ax.fill_between(x, y, color=color, alpha=(0.25, 0.5)[i % 2], linewidth=0)
-    ax.plot(values, [-0.025] * 16, "|", color=plot.INK, ms=9, mew=1.8, clip_on=False)
-    ax.set(ylim=(-0.05, 0.42), xlim=(-2.6, 2.6), yticks=[0, 0.2, 0.4])
-    ax.grid(False)
-    shares = normal.cdf(values).diff()
-    for x, held, side in ((1.35, shares[-1], "left"), (-1.35, shares[0], "right")):
-        ax.text(x, 0.3, f"each slice {held:.1%}", ha=side, fontsize=10)
-    save_picture(ax.figure, "quantiles.svg")
-
-
 def main():
     names = ("LoRA", *CODES)
     runs = sweep(one, [(n, seed) for n in names for seed in SEEDS], "QLoRA")
@@ -229,8 +186,6 @@ def main():
     figures = derive(runs, before, rounding())
     setting = dict(steps=STEPS, batch=BATCH, lr=RATE, language="fi", **R)
     store("qlora", runs, figures=figures, frozen=before, setting=setting)
-    draw()
-    draw_quantiles()
     refresh_pages()
     for key, figure in figures.items():
         print(f"{key:24} {figure['value']:.4g}")
