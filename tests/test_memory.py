@@ -527,7 +527,9 @@ def test_the_public_figures_come_out_or_are_said_not_to():
 
 
 def test_the_page_shows_what_the_command_prints():
-    block = PAGE.split("```")[1].replace("\\\n", "").strip()
+    block = (
+        PAGE.partition("## Count yours")[2].split("```")[1].replace("\\\n", "").strip()
+    )
     line, _, printed = block.partition("\n")
     assert line.startswith("$ python -m peftlab.memory ")
     want = vars(command.parse(["--config", "llama-2-7b"]))
