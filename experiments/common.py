@@ -162,6 +162,12 @@ def best_rate(runs, method):
     return max(rates, key=mean.get)
 
 
+def differences(key, ours, theirs, mark="_"):
+    """The mean of the paired differences, and its interval: KEY, KEY_low, KEY_high."""
+    mean, low, high = measure.paired_interval(ours, theirs)
+    return {key: mean, f"{key}{mark}low": low, f"{key}{mark}high": high}
+
+
 def sweep(run, jobs, title):
     """run(job) for each job, two at a time; the results in the order of the jobs.
 

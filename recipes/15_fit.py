@@ -11,12 +11,7 @@ It was verified on a CPU only: watch the first steps.
 """
 
 import torch
-from transformers import (
-    AutoConfig,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, TrainingArguments
 
 import qlora_llm
 from peftlab import memory
@@ -76,33 +71,19 @@ def trainer(way):
     if adam.startswith("paged") and qlora_llm.DEVICE == "cpu":
         adam = "adamw_bnb_8bit"
 
-    def train(model, tokenizer, records, held_out, args):
-        settings = TrainingArguments(
-            args.out,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=way["batch"],
-            gradient_accumulation_steps=RECORDS // way["batch"],
-            per_device_eval_batch_size=1,
-            learning_rate=args.rate,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.3,
-            optim=adam,
-            bf16=True,
-            use_cpu=qlora_llm.DEVICE == "cpu",
-            logging_steps=10,
-            save_strategy="no",
+    changed = dict(
+        per_device_train_batch_size=way["batch"],
+        gradient_accumulation_steps=RECORDS // way["batch"],
+        per_device_eval_batch_size=1,
+        optim=adam,
+    )
+
+    def train(*given):
+        qlora_llm.TrainingArguments = lambda out, **usual: TrainingArguments(
+            out, **(usual | changed)
         )
-        trainer = Trainer(
-            model,
-            settings,
-            train_dataset=records,
-            eval_dataset=held_out,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-        )
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        after = trainer.evaluate()["eval_loss"]
-        print(f"loss on held-out records: {before:.3f} -> {after:.3f}")
+        qlora_llm.train(*given)
+        qlora_llm.TrainingArguments = TrainingArguments
 
     return train
 

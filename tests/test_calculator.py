@@ -2,15 +2,16 @@
 
 import random
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from test_browser import (
     HTML,
     REACHABLE,
     SIDEWAYS,
-    Visit,
     browser,  # noqa: F401
 )
+from widgets import page_of, visiting
 
 from experiments.sweeps import memory_table as sweep
 from peftlab import memory
@@ -19,23 +20,8 @@ from peftlab.memory import calculator as counted
 from peftlab.memory import cards, table
 
 PAGE = HTML / "book" / "memory.html"
+CHAPTER = HTML.parents[1] / "notebooks" / "15_fitting_in_memory.ipynb"
 IS_IN_PAGE = PAGE.is_file() and "calculator-live" in PAGE.read_text("utf8")
-TEMPLATE = """<!doctype html>
-<html lang="en" data-theme="light">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Memory calculator</title>
-<style>{style}
-body {{ margin: 1rem; font: 16px sans-serif; background: #fefefe; color: #1f2933; }}
-@media (prefers-color-scheme: dark) {{
-  body {{ background: #121212; color: #ced6dd; }} }}
-</style>
-<main><h1>Memory calculator</h1>{calculator}</main>
-<script>
-const dark = matchMedia("(prefers-color-scheme: dark)");
-dark.onchange = () => {{
-  document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; }};
-</script>
-</html>"""
 TABLE = table.content()
 MODELS = [*TABLE["models"]]
 OPTIMIZERS = [*TABLE["optimizers"]]
@@ -137,11 +123,12 @@ def test_what_the_table_lacks_gets_one_sentence(settings, words):
 # The page
 
 
-def test_the_page_includes_what_show_draws():
-    stored = calculator.INCLUDED.read_text("utf8")
-    assert stored == calculator.show().data + "\n", (
-        "run `python -m peftlab.kit.calculator`"
-    )
+def test_the_chapter_has_stored_what_show_draws():
+    cells = nbformat.read(CHAPTER, as_version=4).cells
+    outputs = [out for c in cells for out in c.get("outputs", []) if "data" in out]
+    found = [out.data.get("text/html", "") for out in outputs]
+    stored = [html for html in found if 'class="calculator"' in html]
+    assert stored == [calculator.show().data], "run `python tools/notebooks.py 15`"
 
 
 def test_without_javascript_there_is_a_table_of_common_cases():
@@ -170,12 +157,8 @@ def test_a_start_that_is_no_choice_gets_one_sentence(start, words):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A page with nothing but the calculator, as a path."""
-    path = tmp_path_factory.mktemp("calculator") / "alone.html"
-    style = (calculator.INCLUDED.parent / "peftlab.css").read_text("utf8")
-    html = TEMPLATE.format(style=style, calculator=calculator.show().data)
-    path.write_text(html, "utf8")
-    return path
+    folder = tmp_path_factory.mktemp("calculator")
+    return page_of("Memory calculator", calculator.show().data, folder)
 
 
 @pytest.fixture(scope="module", params=["alone", "book"][: 1 + IS_IN_PAGE])
@@ -185,11 +168,8 @@ def path(request, alone):
 
 @pytest.fixture(scope="module")
 def visit(browser, path):  # noqa: F811
-    context = browser.new_context(offline=True)
-    visit = Visit(context.new_page())
-    visit.open(path)
-    yield visit
-    context.close()
+    with visiting(browser, path) as visit:
+        yield visit
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from test_browser import (
     HTML,
     REACHABLE,
     SIDEWAYS,
-    Visit,
     browser,  # noqa: F401
 )
+from widgets import visiting
 
 from peftlab.kit import explore, results
 
@@ -53,11 +53,8 @@ def test_a_combination_without_a_run_is_refused():
 
 @pytest.fixture(scope="module")
 def visit(browser):  # noqa: F811
-    context = browser.new_context(offline=True)
-    visit = Visit(context.new_page())
-    visit.open(PAGE)
-    yield visit
-    context.close()
+    with visiting(browser, PAGE) as visit:
+        yield visit
 
 
 @pytest.fixture(scope="module")

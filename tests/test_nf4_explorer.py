@@ -15,9 +15,9 @@ from test_browser import (
     HTML,
     REACHABLE,
     SIDEWAYS,
-    Visit,
     browser,  # noqa: F401
 )
+from widgets import page_of, visiting
 
 from peftlab import nf4
 from peftlab.kit import base_models, nf4_explorer
@@ -26,32 +26,12 @@ CHAPTER = HTML / "notebooks" / "13_nf4.html"
 IS_IN_CHAPTER = CHAPTER.is_file() and "nf4-explorer" in CHAPTER.read_text("utf8")
 KINDS = [*nf4_explorer.TYPES, nf4_explorer.BEST]
 SOME_SIZES = [16, 64, 512, 4096]
-TEMPLATE = """<!doctype html>
-<html lang="en" data-theme="light">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>NF4 explorer</title>
-<style>{style}
-body {{ margin: 1rem; font: 16px sans-serif; background: #fefefe; color: #1f2933; }}
-@media (prefers-color-scheme: dark) {{
-  body {{ background: #121212; color: #ced6dd; }} a {{ color: #7cc0ee; }} }}
-</style>
-<main><h1>NF4 explorer</h1>{explorer}</main>
-<script>
-const dark = matchMedia("(prefers-color-scheme: dark)");
-dark.onchange = () => {{
-  document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; }};
-</script>
-</html>"""
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A page with nothing but the explorer, as a path."""
-    path = tmp_path_factory.mktemp("explorer") / "alone.html"
-    style = (HTML.parents[1] / "book" / "_static" / "peftlab.css").read_text("utf8")
-    html = TEMPLATE.format(style=style, explorer=nf4_explorer.show().data)
-    path.write_text(html, "utf8")
-    return path
+    folder = tmp_path_factory.mktemp("explorer")
+    return page_of("NF4 explorer", nf4_explorer.show().data, folder)
 
 
 @pytest.fixture(scope="module", params=["alone", "chapter"][: 1 + IS_IN_CHAPTER])
@@ -61,11 +41,8 @@ def path(request, alone):
 
 @pytest.fixture(scope="module")
 def visit(browser, path):  # noqa: F811
-    context = browser.new_context(offline=True)
-    visit = Visit(context.new_page())
-    visit.open(path)
-    yield visit
-    context.close()
+    with visiting(browser, path) as visit:
+        yield visit
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from experiments import common
 from experiments.common import dev_share, neighbourhood
 from experiments.sweeps import families
+from experiments.sweeps import icd as chapters
 from peftlab import prompt
 from peftlab.kit import base_models, measure, results
 from tools import figures
@@ -164,6 +165,25 @@ def test_no_neighbour_of_a_learning_rate_is_better_with_five_seeds(method):
         mean[lr] = sum(map(dev_share, runs))
     assert mean[best] == max(mean.values())
     assert {r["lr"] for r in results.where(stored["runs"], method=method)} == {best}
+
+
+@pytest.mark.parametrize("method", [n for group in families.GROUPS for n in group])
+def test_a_method_is_searched_on_the_diagnoses_with_five_seeds_too(method):
+    stored = results.load("families")["icd"]
+    best, mean = stored["best"][method], {}
+    for lr in neighbourhood(best):
+        runs = results.where(stored["rates"], method=method, lr=lr)
+        assert {r["seed"] for r in runs if "dev" in r} == {0, 1, 2, 3, 4}, lr
+        mean[lr] = sum({r["seed"]: dev_share(r) for r in runs}.values())
+    assert mean[best] == max(mean.values())
+
+    tested = results.where(stored["runs"], method=method)
+    assert [(r["lr"], r["seed"]) for r in tested] == [(best, n) for n in range(5)]
+    truth = results.load("icd")["test_phrases"]
+    assert all(len(r["learned"]) == len(truth) for r in tested)
+    runs = [dict(test=r["learned"]) for r in tested]
+    even = chapters.by_seed(runs, truth).tolist()
+    assert stored["by_seed"][method] == pytest.approx(even)
 
 
 def test_a_search_ends_where_no_neighbour_is_better(monkeypatch):

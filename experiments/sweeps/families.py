@@ -34,6 +34,7 @@ from transformers import logging as transformers_logging
 from experiments.common import (
     BASES,
     SCRATCH,
+    differences,
     graded,
     moved,
     records,
@@ -328,8 +329,6 @@ def derive_icd(stored):
         found |= {f"icd.{name}.{k}": v for k, v in mine.items()}
         found |= differences(f"icd.{name}.gap", values, stored["by_seed"]["LoRA"])
         found |= differences(f"icd.{name}.over_head", values, stored["by_seed"]["head"])
-        if found[f"icd.{name}.gap_high"] < 0:
-            found[f"icd.{name.split()[-1]} behind"] = -found[f"icd.{name}.gap"]
     return found
 
 
@@ -346,37 +345,28 @@ def summary(runs):
     return found
 
 
-def differences(key, ours, theirs):
-    """The mean of the paired differences, and its interval."""
-    mean, low, high = measure.paired_interval(ours, theirs)
-    return {key: mean, f"{key}_low": low, f"{key}_high": high}
-
-
 def draw():
-    """What each method learns, and what it retains: a mark a seed.
-
-    With the diagnoses, once their search has run, in a panel of their own."""
+    """What each method learns and retains of dates, and learns of diagnoses."""
     stored = results.load("families")
     diagnosed, names = stored["icd"]["by_seed"], list(METHODS)
     mean = {n: stored["figures"][f"{n}.learned"]["value"] for n in names}
     order = sorted(names, key=mean.get)
-    panels = 2 if stored["icd"]["best"] else 1
-    ax = plot.axes(columns=panels, figsize=(plot.WIDE, 5.4))
-    left, right = ax if panels == 2 else (ax, None)
+    left, right = plot.axes(columns=2, figsize=(plot.WIDE, 5.4))
     for y, name in enumerate(order):
         mine = where(stored["runs"], method=name)
         color = plot.DARK if name == "full" else plot.ORANGE
         mark(left, shares(mine, "learned"), y + 0.17, "o", color)
         mark(left, shares(mine, "base"), y - 0.17, "D", plot.BLUE)
-        if right and name in diagnosed:
+        if name in diagnosed:
             mark(right, diagnosed[name], y, "o", color)
+
     height = -0.6, len(order) - 0.4
-    if right:
-        head = statistics.mean(diagnosed["head"])
-        right.axvline(head, color=plot.GREY, lw=1.5, ls="--")
-        right.text(head + 0.001, 0.5, "head alone", color=plot.INK)
-        right.set(yticks=range(len(order)), yticklabels=[], ylim=height)
-        right.set(xlabel="diagnoses right")
+    head = statistics.mean(diagnosed["head"])
+    right.axvline(head, color=plot.GREY, lw=1.5, ls="--")
+    right.text(head + 0.001, 0.5, "head alone", color=plot.INK)
+    right.set(yticks=range(len(order)), yticklabels=[], ylim=height)
+    right.set(xlabel="diagnoses right")
+
     looks = ((plot.ORANGE, "o", "learned"), (plot.BLUE, "D", "retained: base dates"))
     for color, shape, label in looks:
         left.plot([], [], shape, color=color, label=label)

@@ -21,10 +21,10 @@ import copy
 
 import torch
 
-from experiments.common import graded, store, sweep
+from experiments.common import differences, graded, store, sweep
 from experiments.sweeps.families import rendered
 from peftlab import lora, nf4, qlora
-from peftlab.kit import base_models, measure
+from peftlab.kit import base_models
 from peftlab.kit.results import share, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages
@@ -157,9 +157,7 @@ def derive(runs, before, step):
             figures[f"{key}.lowest"] = min(bits)
             figures[f"{key}.highest"] = max(bits)
             if name != "unmerged":
-                gap, low, high = measure.paired_interval(whole, bits)
-                figures |= {f"{key}.lost": gap, f"{key}.lost_low": low}
-                figures[f"{key}.lost_high"] = high
+                figures |= differences(f"{key}.lost", whole, bits)
     (french,) = where(runs, language="fr")
     figures["fr.size"] = french["size"]
     figures |= {f"fr.{n}": share(french[n]) for n in ("unmerged", *INTO)}

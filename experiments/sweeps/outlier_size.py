@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from experiments.common import BASES, records, store, sweep
+from experiments.common import BASES, differences, records, store, sweep
 from peftlab import surgery
 from peftlab.int8 import Int8Linear, decompose
 from peftlab.kit import base_models, measure, outliers
@@ -89,10 +89,7 @@ def derive(runs):
         figures[f"{key}.highest"] = max(values)
     for n in COUNTS:
         pair = [shares[f"{m}.{MANY}.{n}"] for m in ("paper", "threshold")]
-        mean, low, high = measure.paired_interval(*pair)
-        figures |= {f"paper over threshold.{n}": mean}
-        figures |= {f"paper over threshold.{n}.low": low}
-        figures |= {f"paper over threshold.{n}.high": high}
+        figures |= differences(f"paper over threshold.{n}", *pair, mark=".")
     return {key: dict(value=value, tolerance=0.05) for key, value in figures.items()}
 
 

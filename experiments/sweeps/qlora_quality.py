@@ -15,17 +15,26 @@ error that packing makes.
 All of it runs over the unpacked base, which gives QLoRA's answers and gradients in less
 time. Ten minutes on one core; a part by its name alone, beside what is stored."""
 
+import functools
 import statistics
 import sys
 
 import torch
 from transformers import logging as transformers_logging
 
-from experiments.common import BASES, SCRATCH, graded, records, store, sweep
+from experiments.common import (
+    BASES,
+    SCRATCH,
+    differences,
+    graded,
+    records,
+    store,
+    sweep,
+)
 from experiments.sweeps import icd as chapters
 from experiments.sweeps.outliers import with_outliers
 from peftlab import lora, qlora, surgery
-from peftlab.kit import icd, measure, results
+from peftlab.kit import icd, results
 from peftlab.kit.results import share, where
 from peftlab.kit.train import train
 from tools.figures import refresh_pages
@@ -37,6 +46,7 @@ CASES = {  # what is inserted: QLoRA's learning rate there, and how many steps
     "none": (1e-2, (100,)),
 }
 STARTS = ("zero", "error")
+gap = functools.partial(differences, mark=".")
 
 
 def through_nf4(model):
@@ -201,11 +211,6 @@ def derive_starts(runs):
         rest = [r["left"] for r in where(runs, case=case, start="error")]
         figures[f"{case}.left"] = statistics.mean(rest)
     return figures
-
-
-def gap(key, ours, theirs):
-    mean, low, high = measure.paired_interval(ours, theirs)
-    return {key: mean, f"{key}.low": low, f"{key}.high": high}
 
 
 def main(names=("start", "icd")):

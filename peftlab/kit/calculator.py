@@ -6,7 +6,7 @@ fetches nothing; a reader without JavaScript has a table of common cases.
 
     calculator.show()              # in a notebook
 
-The page book/memory.md includes what `python -m peftlab.kit.calculator` writes.
+The page book/memory.md shows what it made in chapter 15.
 """
 
 from html import escape
@@ -17,7 +17,6 @@ from IPython.display import HTML
 from peftlab.memory import table
 
 SCRIPT = Path(__file__).with_suffix(".js")
-INCLUDED = Path(__file__).parents[2] / "book" / "_static" / "calculator.html"
 METHODS = {
     "full": "Full fine-tuning, float32",
     "lora": "LoRA, base in bfloat16",
@@ -97,6 +96,7 @@ def show(start=None):
         ValueError: for a setting or a value that is not among the choices.
     """
     chosen = START | (start or {})
+
     controls = [
         _menu("model", "Model", {name: name for name in table.content()["models"]}),
         _menu("method", "Method", METHODS),
@@ -109,11 +109,13 @@ def show(start=None):
         _box("checkpointing", "Activation checkpointing"),
         _box("kbit", "Prepared for k-bit training"),
     ]
+
     names = [name for name, _ in controls]
     for name in chosen:
         if name not in names:
             raise ValueError(f"no setting {name!r:.60}; there are: {', '.join(names)}")
     live = "\n".join(draw(chosen[name]) for name, draw in controls)
+
     bar = "".join(f'<span class="{part}"></span>' for part in PARTS)
     parts = "\n".join(
         f'<tr><th scope="row"><i class="{part}" aria-hidden="true"></i>{part}</th>'
@@ -124,6 +126,7 @@ def show(start=None):
         f".calculator :is(i, span).{part} {{ background: var(--fig-{color}); }}"
         for part, color in PARTS.items()
     )
+
     return HTML(
         f"""<div class="calculator">
 <style>{STYLE}{colors}
@@ -196,7 +199,3 @@ activation checkpointing.</p>
 {lines}
 </table>
 </div>"""
-
-
-if __name__ == "__main__":
-    INCLUDED.write_text(show().data + "\n", "utf8")
