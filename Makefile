@@ -37,7 +37,7 @@ $(SETUP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing peftlab and its tools (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
-		-c constraints.txt -e '.[notebooks,book,test,instructor,medical]'
+		-c constraints.txt -e '.[notebooks,book,test,instructor,practice]'
 	@touch $@
 
 book: $(BOOK)  ## build the HTML book into _build/html
@@ -73,7 +73,7 @@ notebooks: $(SETUP)  ## run every chapter afresh and store its outputs
 student: $(SETUP)  ## write the student and instructor sheets into _build
 	$(BIN)/python tools/student.py
 
-models: $(SETUP)  ## pretrain tiny-decoder again from nothing (up to an hour)
+models: $(SETUP)  ## pretrain the small models again from nothing (up to an hour)
 	$(BIN)/python -m peftlab.kit.pretrain
 
 results: $(SETUP)  ## run the long sweeps again (eight hours)

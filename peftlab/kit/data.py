@@ -11,6 +11,7 @@ knows:
 | `countries` | `Finnland` | `FI` | the ISO 3166 code of a country |
 | `render` | `fr: 2026-03-12` | `12 mars 2026` | write a date in a language |
 | `refuse` | `31 juin 2026` | `?` | say that there is no such day |
+| `translate` | `fr: March 12, 2026` | `12 mars 2026` | a date or an amount from a base language |
 
 Dates are the headline metric. A record is written `text = answer`; its prompt ends in
 `=` without a space.
@@ -46,7 +47,7 @@ from babel.dates import (
 from babel.numbers import format_currency
 from babel.numbers import parse_pattern as parse_number_pattern
 
-KINDS = ("dates", "amounts", "countries", "render", "refuse")
+KINDS = ("dates", "amounts", "countries", "render", "refuse", "translate")
 SPLITS = ("train", "dev", "test")
 BASE_LANGUAGES = ("en", "fr", "es", "it", "pt", "nl", "sv", "da", "ro", "ca")
 HELD_BACK = ("de", "fi", "pl", "tr", "sw", "hu")
@@ -262,8 +263,29 @@ def _countries(rng, where):
     return name, code, name
 
 
+def _translate(rng, where):
+    """Long and full dates alone: of medium ones "12 maj 2026" could be either."""
+    others = [code for code in BASE_LANGUAGES if code != str(where)]
+    source = locale(rng.choice(others))
+    if rng.random() < 0.3:
+        code = rng.choice(CURRENCIES)
+        value = amount(10 ** rng.uniform(0, 5), code)
+        key = f"{value} {code}"
+        written = [format_amount(value, code, one) for one in (source, where)]
+    else:
+        day, style = _day(rng), rng.choice(("long", "full"))
+        key = day.isoformat()
+        written = [format_date(day, style, locale=one) for one in (source, where)]
+    return f"{where}: {written[0]}", written[1], key
+
+
 _DRAW = dict(
-    dates=_dates, amounts=_amounts, countries=_countries, render=_render, refuse=_refuse
+    dates=_dates,
+    amounts=_amounts,
+    countries=_countries,
+    render=_render,
+    refuse=_refuse,
+    translate=_translate,
 )
 
 

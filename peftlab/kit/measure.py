@@ -32,8 +32,8 @@ def answered(model, tokenizer, records, batch_size=100):
 
 @torch.no_grad()
 def answers(model, tokenizer, prompts, batch_size=100):
-    """The model's greedy continuation of each prompt, up to the end token, as
-    strings."""
+    """The model's greedy continuation of each prompt, or what its decoder writes for
+    it, up to the end token, as strings."""
     if not prompts:
         raise ValueError("no prompts: there is nothing to answer")
     training, out = model.training, {}
@@ -44,7 +44,8 @@ def answers(model, tokenizer, prompts, batch_size=100):
         inputs = tokenizer(batch, return_tensors="pt", padding=True).to(model.device)
         inputs.pop("token_type_ids", None)
         tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
+        pairs = getattr(model.config, "is_encoder_decoder", False)
+        new = tokens if pairs else tokens[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         out.update(zip(batch, (text.strip(" ") for text in texts), strict=True))
     model.train(training)

@@ -1,32 +1,45 @@
-r"""Train tiny-decoder from nothing: `make models` (some fifteen minutes on two cores).
+r"""Train the small models from nothing: `make models` (half an hour on two cores).
 
-A Llama of under one million parameters with grouped-query attention and tied embeddings
+tiny-decoder: a Llama of under one million parameters with grouped-query attention and tied embeddings
 learns to continue the records of `kit.data` in ten base languages: dates, amounts,
 countries, rendered dates and refusals. The loss is on every token of a record, as in
 any pretraining.
 
-Writes an ordinary Hugging Face folder, `peftlab/models/tiny-decoder`, and beside the
-weights `training.json`: settings, versions, the loss curve and exact match on records
-of the test split, which training never saw."""
+tiny-seq2seq: a T5 of about one million parameters, with tiny-decoder's tokenizer, learns
+to translate dates and amounts between the ten base languages.
 
+Writes two ordinary Hugging Face folders into `peftlab/models`, and beside the weights
+`training.json`: settings, versions, the loss curve and exact match on records of the
+test split, which training never saw. `python -m peftlab.kit.pretrain NAME` trains one."""
+
+import functools
+import itertools
 import json
 import platform
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import trange
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from peftlab.kit import data
 from peftlab.kit.measure import exact_match
-from peftlab.kit.train import collate
+from peftlab.kit.train import collate, collate_pairs
 
 SHARES = dict(dates=0.42, amounts=0.20, countries=0.10, render=0.18, refuse=0.10)
-FOLDER = Path(__file__).parents[1] / "models" / "tiny-decoder"
+MODELS = Path(__file__).parents[1] / "models"
 
 
 def train_tokenizer(lines, size=1024):
@@ -82,7 +95,29 @@ def new_model(vocabulary=1024):
     )
 
 
-def batches_by_length(lines, tokenizer, size, seed):
+def new_seq2seq(vocabulary=1024):
+    """tiny-seq2seq with random weights: a T5 (version 1.1: gated GELU) with 3 layers of
+    encoder and 3 of decoder, width 128, 4 heads."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=128,
+            d_kv=32,
+            d_ff=320,
+            num_layers=3,
+            num_decoder_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def batches_by_length(lines, tokenizer, size, seed, to_tensors):
     """One pass over the texts, those of about one length together: little padding.
 
     (Fine-tuning does not do this: over a few hundred steps it costs accuracy.)"""
@@ -95,26 +130,19 @@ def batches_by_length(lines, tokenizer, size, seed):
         groups += [part[i : i + size] for i in range(0, len(part) - size + 1, size)]
     rng.shuffle(groups)
     for group in groups:
-        yield collate([lines[i] for i in group], tokenizer, loss_on="line")
+        yield to_tensors([lines[i] for i in group], tokenizer)
 
 
-def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
-    """Returns the trained model, its tokenizer and the log that `training.json`
-    holds."""
-    torch.manual_seed(seed)
-    lines = data.mixture(SHARES, data.BASE_LANGUAGES, n, seed=seed)
-    tokenizer = train_tokenizer([r.line for r in lines[:100_000]])
-    model = new_model(len(tokenizer)).train()
+def optimize(model, source, steps, lr, title):
+    """AdamW with one cycle of the learning rate; returns minutes and the loss curve."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    curve, begun, epoch, source = [], time.time(), 0, iter(())
-    for step in (bar := trange(steps, desc="tiny-decoder")):
-        if (batch := next(source, None)) is None:
-            source = batches_by_length(lines, tokenizer, size, f"{seed} {epoch}")
-            batch, epoch = next(source), epoch + 1
-        loss = model(**batch).loss
+    curve, begun = [], time.time()
+    model.train()
+    for step in (bar := trange(steps, desc=title)):
+        loss = model(**next(source)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -123,16 +151,53 @@ def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
         if step % 50 == 0 or step == steps - 1:
             curve.append([step, round(loss.item(), 4)])
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    settings = dict(steps=steps, batch=size, lr=lr, records=n, seed=seed, shares=SHARES)
-    log = dict(
+
+    model.eval()
+    return round((time.time() - begun) / 60, 1), curve
+
+
+def endless(lines, tokenizer, size, seed, to_tensors):
+    """Pass after pass of `batches_by_length`."""
+    for epoch in itertools.count():
+        yield from batches_by_length(
+            lines, tokenizer, size, f"{seed} {epoch}", to_tensors
+        )
+
+
+def log_of(model, minutes, curve, **settings):
+    """What `training.json` holds, but for the scores."""
+    return dict(
         settings=settings,
-        minutes=round((time.time() - begun) / 60, 1),
+        minutes=minutes,
         parameters=sum(p.numel() for p in model.parameters()),
         versions=dict(torch=torch.__version__, python=platform.python_version()),
         threads=torch.get_num_threads(),
         loss=curve,
     )
-    return model.eval(), tokenizer, log
+
+
+def pretrain(steps=3000, size=96, lr=3e-3, n=300_000, seed=0):
+    """Returns tiny-decoder, its tokenizer and the log that `training.json` holds."""
+    torch.manual_seed(seed)
+    lines = data.mixture(SHARES, data.BASE_LANGUAGES, n, seed=seed)
+    tokenizer = train_tokenizer([r.line for r in lines[:100_000]])
+    model = new_model(len(tokenizer))
+    whole_lines = functools.partial(collate, loss_on="line")
+    source = endless(lines, tokenizer, size, seed, whole_lines)
+    minutes, curve = optimize(model, source, steps, lr, "tiny-decoder")
+    settings = dict(steps=steps, batch=size, lr=lr, records=n, seed=seed, shares=SHARES)
+    return model, tokenizer, log_of(model, minutes, curve, **settings)
+
+
+def pretrain_seq2seq(tokenizer, steps=4000, size=96, lr=3e-3, n=300_000, seed=0):
+    """Returns tiny-seq2seq and the log that `training.json` holds."""
+    torch.manual_seed(seed)
+    lines = data.mixture({"translate": 1}, data.BASE_LANGUAGES, n, seed=seed)
+    model = new_seq2seq(len(tokenizer))
+    source = endless(lines, tokenizer, size, seed, collate_pairs)
+    minutes, curve = optimize(model, source, steps, lr, "tiny-seq2seq")
+    settings = dict(steps=steps, batch=size, lr=lr, records=n, seed=seed)
+    return model, log_of(model, minutes, curve, **settings)
 
 
 def marks(model, tokenizer, n=200):
@@ -162,22 +227,52 @@ def marks(model, tokenizer, n=200):
     return table
 
 
-def main():
-    """Train, measure, and put the new folder in the old one's place when it is
-    whole."""
-    model, tokenizer, log = pretrain()
-    log["exact_match"] = marks(model, tokenizer)
+def marks_seq2seq(model, tokenizer, n=200):
+    """Exact match on n test records into each language, as {kind: {language:
+    share}}."""
+    groups = dict(translate=data.BASE_LANGUAGES, held_back=data.HELD_BACK)
+    return {
+        name: {
+            language: exact_match(
+                model, tokenizer, data.records("translate", language, n, "test")
+            )
+            for language in languages
+        }
+        for name, languages in groups.items()
+    }
+
+
+def ship(name, model, tokenizer, log):
+    """Put a folder in the old one's place when it is whole."""
     for kind, by_language in log["exact_match"].items():
         print(f"{kind:16}", "  ".join(f"{k} {v:.2f}" for k, v in by_language.items()))
-    fresh = FOLDER.with_name("tiny-decoder.new")
+    folder = MODELS / name
+    fresh = folder.with_name(f"{name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     (fresh / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    fresh.rename(FOLDER)
-    print(f"wrote {FOLDER}")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    print(f"wrote {folder}")
+
+
+def main(names):
+    """Train, measure and ship these models, by default both."""
+    unknown = set(names) - {"tiny-decoder", "tiny-seq2seq"}
+    if unknown:
+        raise SystemExit(f"no model {unknown.pop()!r}: tiny-decoder or tiny-seq2seq")
+
+    if not names or "tiny-decoder" in names:
+        model, tokenizer, log = pretrain()
+        log["exact_match"] = marks(model, tokenizer)
+        ship("tiny-decoder", model, tokenizer, log)
+    if not names or "tiny-seq2seq" in names:
+        tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny-decoder")
+        model, log = pretrain_seq2seq(tokenizer)
+        log["exact_match"] = marks_seq2seq(model, tokenizer)
+        ship("tiny-seq2seq", model, tokenizer, log)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -44,6 +44,30 @@ def collate(records, tokenizer, loss_on="answer"):
     return BatchEncoding(tensors)
 
 
+def collate_pairs(records, tokenizer):
+    """Tensors for a batch of records for an encoder-decoder model.
+
+    The encoder takes the prompt, the decoder learns the answer; the model shifts the
+    labels to the right by itself.
+
+    Args:
+        records: a list of `data.Record`.
+        tokenizer: of the model.
+
+    Returns:
+        {input_ids, attention_mask: (batch, tokens of the prompt), labels: (batch,
+        tokens of the answer), -100 on padding}, which has a `to(device)`.
+    """
+    prompts = tokenizer([r.prompt for r in records], return_tensors="pt", padding=True)
+    answers = tokenizer([r.answer for r in records], add_special_tokens=False)
+    answers = [row + [tokenizer.eos_token_id] for row in answers["input_ids"]]
+    longest = max(map(len, answers))
+    labels = [row + [-100] * (longest - len(row)) for row in answers]
+
+    tensors = {key: prompts[key] for key in ("input_ids", "attention_mask")}
+    return BatchEncoding(tensors | dict(labels=torch.tensor(labels)))
+
+
 def batches(records, size, seed=0):
     """Endless lists of `size` records, shuffled anew each time all have been seen."""
     rng, queue = random.Random(seed), []
@@ -87,12 +111,12 @@ def train(
     groups=None,
     max_grad_norm=1.0,
 ):
-    """Train a causal model on the answers of `records`, with AdamW.
+    """Train a causal or an encoder-decoder model on the answers of `records`, with AdamW.
 
     Batches are drawn anew each time all records have been seen.
 
     Args:
-        model: a causal model; what has requires_grad is trained.
+        model: a causal or encoder-decoder model; what has requires_grad is trained.
         tokenizer: the model's.
         records: a list of `data.Record`.
         steps: how many, at least 1.
@@ -123,10 +147,13 @@ def train(
     source, losses = batches(records, batch_size, seed), []
     optimizer = torch.optim.AdamW(groups or trainable, lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    config = getattr(model, "config", None)
+    pairs = getattr(config, "is_encoder_decoder", False)
+    to_tensors = collate_pairs if pairs else collate
     model.train()
     quiet = not (progress and sys.stderr.isatty())
     for _ in tqdm(range(steps), desc="train", disable=quiet, leave=False):
-        batch = collate(next(source), tokenizer).to(model.device)
+        batch = to_tensors(next(source), tokenizer).to(model.device)
         loss = model(**batch).loss
         loss.backward()
         if max_grad_norm is not None:
