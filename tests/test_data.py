@@ -24,6 +24,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 # See the message below before changing them.
 CHECKSUM = "721aeea485eb7fac61bf9b42a97ce7623dfc6c9b3ef819cb823b47e146bc53cb"
 EVERYWHERE = "c2da590ae49c7a0b18228b02483bf3b6409a35638b77551755fd3612a0bb8a6c"
+TRANSLATED = "4085850936f09f09dd45fbc13ebfa563ec683717a0effcfe01c2e73c036f18ca"
 
 
 def days(year):
@@ -163,6 +164,38 @@ def test_no_amount_has_two_answers_in_any_locale():
     assert len(found) > 3_000
 
 
+def test_no_translation_has_two_answers():
+    """Long and full dates of all base languages: a text means one day in one style."""
+    meaning = {}
+    for code in data.BASE_LANGUAGES:
+        where = data.locale(code)
+        for style in ("long", "full"):
+            for text, day in texts(where, [style], 2024):
+                assert meaning.setdefault(text, (day, style)) == (day, style), text
+    assert len(meaning) > 366 * 2 * 8
+
+
+def test_a_translation_keeps_the_day_the_style_or_the_amount():
+    for language in ("fr", "de"):
+        target = data.locale(language)
+        days = {
+            text: day.isoformat()
+            for code in data.BASE_LANGUAGES
+            for text, day in texts(data.locale(code), ("long", "full"), 2001)
+        }
+        found = 0
+        for record in data.records("translate", language, 4000):
+            text = record.text.removeprefix(f"{language}: ")
+            if text in days:
+                found += 1
+                forms = {
+                    answer: day.isoformat()
+                    for answer, day in texts(target, ("long", "full"), 2001)
+                }
+                assert forms[record.answer] == days[text], record
+        assert found > 10, "no date of 2001 was drawn: this shows nothing"
+
+
 def test_no_country_has_two_answers_in_any_locale():
     found = {}
     for where in all_locales():
@@ -203,10 +236,10 @@ def test_each_medium_clash_really_clashes():
 
 
 @cache
-def drawn(split):
+def drawn(split, kinds=data.KINDS):
     """40 records of every kind and language."""
-    n = 40 * len(data.KINDS) * len(LANGUAGES)
-    return data.mixture(dict.fromkeys(data.KINDS, 0.2), LANGUAGES, n, split)
+    n = 40 * len(kinds) * len(LANGUAGES)
+    return data.mixture(dict.fromkeys(kinds, 1 / len(kinds)), LANGUAGES, n, split)
 
 
 @pytest.mark.parametrize(
@@ -264,13 +297,16 @@ def checksum(records):
 def test_the_data_has_not_moved_whichever_babel_is_installed():
     message = (
         f"the records are not those of before, under Babel {version('babel')}. If they"
-        " are to move, train tiny-decoder again (`make models`), run the notebooks, and"
-        " put the new checksums here."
+        " are to move, train the small models again (`make models`), run the"
+        " notebooks, and put the new checksums here."
     )
     mixed = data.mixture(pretrain.SHARES, data.BASE_LANGUAGES, 2000)
     assert checksum(mixed) == CHECKSUM, message
-    all_splits = [r for split in data.SPLITS for r in drawn(split)]
+    kinds = tuple(pretrain.SHARES)
+    all_splits = [r for split in data.SPLITS for r in drawn(split, kinds)]
     assert checksum(all_splits) == EVERYWHERE, message
+    pairs = [r for split in data.SPLITS for r in drawn(split, ("translate",))]
+    assert checksum(pairs) == TRANSLATED, message
 
 
 def test_the_frozen_words_are_those_of_the_babel_in_constraints():

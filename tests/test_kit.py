@@ -14,8 +14,15 @@ from experiments import common
 from experiments.sweeps import finnish as finnish_sweep
 from experiments.sweeps import six_languages as six_sweep
 from peftlab import lora
-from peftlab.kit import base_models, data, measure, plot, results, show
-from peftlab.kit.train import batches, checkpoint_activations, collate, train
+from peftlab.kit import base_models, data, measure, plot, pretrain, results, show
+from peftlab.kit.extras import needs
+from peftlab.kit.train import (
+    batches,
+    checkpoint_activations,
+    collate,
+    collate_pairs,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,36 @@ def test_labels_cover_the_answer_and_its_end_and_nothing_else(tiny, finnish):
         assert graded == f" {record.answer}</s>", "the loss is not on the answer alone"
         assert tokenizer.decode(ids).startswith(f"<s>{record.line}</s>")
         assert ((ids != tokenizer.pad_token_id) >= (labels != -100)).all()
+
+
+def test_a_pair_has_the_prompt_in_the_encoder_and_the_answer_in_the_labels(tiny):
+    _, tokenizer = tiny
+    pairs = data.records("translate", "fr", 20)
+    batch = collate_pairs(pairs, tokenizer)
+    rows = zip(batch["input_ids"], batch["labels"], pairs, strict=True)
+    for ids, labels, record in rows:
+        asked = tokenizer.decode(ids, skip_special_tokens=True)
+        assert asked == record.prompt
+        assert tokenizer.decode(labels[labels != -100]) == f"{record.answer}</s>"
+
+
+def test_an_encoder_decoder_model_is_trained_on_pairs():
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    torch.manual_seed(0)
+    model = pretrain.new_seq2seq(len(tokenizer))
+    same = copy.deepcopy(model)
+    pairs = data.records("translate", "fr", 8)
+    (loss,) = train(model, tokenizer, pairs, 1, 1e-3, 8, progress=False)
+    shuffled = next(batches(pairs, 8))
+    assert loss == same(**collate_pairs(shuffled, tokenizer)).loss.item()
+    answers = measure.answers(model, tokenizer, [r.prompt for r in pairs])
+    assert len(answers) == 8 and not any("=" in a and ":" in a for a in answers)
+
+
+def test_what_is_missing_is_said_with_its_cure():
+    needs("torch", "peft")
+    with pytest.raises(ImportError, match=r"no_such is not.*'peftlab\[practice\]'"):
+        needs("torch", "no_such")
 
 
 def test_loss_on_the_line_grades_the_prompt_too(tiny, finnish):

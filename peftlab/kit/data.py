@@ -11,7 +11,7 @@ knows:
 | `countries` | `Finnland` | `FI` | the ISO 3166 code of a country |
 | `render` | `fr: 2026-03-12` | `12 mars 2026` | write a date in a language |
 | `refuse` | `31 juin 2026` | `?` | say that there is no such day |
-| `translate` | `fr: March 12, 2026` | `12 mars 2026` | a date or an amount from a base language |
+| `translate` | `fr: March 12, 2026` | `12 mars 2026` | translate from a base language |
 
 Dates are the headline metric. A record is written `text = answer`; its prompt ends in
 `=` without a space.

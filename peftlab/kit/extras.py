@@ -1,4 +1,4 @@
-"""What a chapter needs beside the package itself: asked for at once, in one sentence."""
+"""What a chapter needs beside the package itself: asked for at once, in a sentence."""
 
 from importlib.util import find_spec
 

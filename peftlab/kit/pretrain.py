@@ -1,16 +1,17 @@
 r"""Train the small models from nothing: `make models` (half an hour on two cores).
 
-tiny-decoder: a Llama of under one million parameters with grouped-query attention and tied embeddings
-learns to continue the records of `kit.data` in ten base languages: dates, amounts,
-countries, rendered dates and refusals. The loss is on every token of a record, as in
-any pretraining.
+tiny-decoder: a Llama of under one million parameters with grouped-query attention and
+tied embeddings learns to continue the records of `kit.data` in ten base languages:
+dates, amounts, countries, rendered dates and refusals. The loss is on every token of a
+record, as in any pretraining.
 
-tiny-seq2seq: a T5 of about one million parameters, with tiny-decoder's tokenizer, learns
-to translate dates and amounts between the ten base languages.
+tiny-seq2seq: a T5 of one and a half million parameters, with tiny-decoder's tokenizer,
+learns to translate dates and amounts between the ten base languages.
 
 Writes two ordinary Hugging Face folders into `peftlab/models`, and beside the weights
 `training.json`: settings, versions, the loss curve and exact match on records of the
-test split, which training never saw. `python -m peftlab.kit.pretrain NAME` trains one."""
+test split, which training never saw. `python -m peftlab.kit.pretrain NAME` trains
+one."""
 
 import functools
 import itertools

@@ -111,7 +111,7 @@ def train(
     groups=None,
     max_grad_norm=1.0,
 ):
-    """Train a causal or an encoder-decoder model on the answers of `records`, with AdamW.
+    """Train a causal or encoder-decoder model on the answers of `records`, with AdamW.
 
     Batches are drawn anew each time all records have been seen.
 
