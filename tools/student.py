@@ -12,6 +12,8 @@ rubric and wrong answers below each check. The instructor's must run through; th
 student's must fail, at its first check and not before. The markers are nbgrader's, and
 so is the code that applies them.
 
+Beside them stands problem_sets.zip, what a student needs for the problem sets.
+
 `--course` writes FOLDER/source/NAME/NAME.ipynb for each chapter, which nbgrader's own
 `generate_assignment` turns into the student's sheet, and FOLDER/nbgrader_config.py.
 With `--exercises-only` an assignment has the exercises, and what they stand on, alone.
@@ -168,17 +170,24 @@ def replace(path, content):
         fresh.unlink(missing_ok=True)
 
 
-def pack(folder):
-    """folder.zip with the folder's notebooks, the same bytes for the same notebooks."""
+def pack(folder, files):
+    """folder.zip with the files in one folder, the same bytes for the same files."""
     with tempfile.TemporaryFile() as scratch:
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(folder.glob("*.ipynb")):
+            for path in sorted(files):
                 entry = zipfile.ZipInfo(f"{folder.name}/{path.name}", EPOCH)
                 entry.external_attr = 0o644 << 16
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 archive.writestr(entry, path.read_bytes())
         scratch.seek(0)
         replace(folder.with_suffix(".zip"), scratch.read())
+
+
+def bundle(out, root=ROOT):
+    """Write problem_sets.zip: the tool that a student runs, and the six starters."""
+    tools = root / "tools"
+    files = [tools / "problem_sets.py", *(tools / "starters").glob("set*.py")]
+    pack(out / "problem_sets", files)
 
 
 def write(chapters, out, root=ROOT, keep=()):
@@ -203,7 +212,7 @@ def write(chapters, out, root=ROOT, keep=()):
         for path in folder.glob("*.ipynb"):
             if path.stem not in stems:
                 path.unlink()
-        pack(folder)
+        pack(folder, folder.glob("*.ipynb"))
     return list(made)
 
 
@@ -308,7 +317,8 @@ def main(arguments=None):
         sheets = write(chapters, ROOT / "_build", keep=[c.stem for c in every])
     except ValueError as error:
         sys.exit(str(error))
-    print(f"{len(sheets)} sheets and two zips are in {ROOT / '_build'}")
+    bundle(ROOT / "_build")
+    print(f"{len(sheets)} sheets and three zips are in {ROOT / '_build'}")
     if options.no_run:
         return
     good = True
