@@ -70,7 +70,7 @@ test: book  ## run everything: the notebooks, then the tests
 notebooks: $(SETUP)  ## run every chapter afresh and store its outputs
 	$(BIN)/python tools/notebooks.py
 
-student: $(SETUP)  ## write the student and instructor sheets into _build
+student: $(SETUP)  ## write the sheets and problem sets into _build
 	$(BIN)/python tools/student.py
 
 models: $(SETUP)  ## pretrain the small models again from nothing (up to an hour)

@@ -124,6 +124,7 @@ def main(arguments):
         nbformat.write(book, fresh)
         fresh.replace(path)
         print(f"{time.time() - begun:6.1f} s  {path.stem}", flush=True)
+    figures.refresh_pages()  # the book's pages quote chapters too
 
 
 if __name__ == "__main__":
