@@ -22,6 +22,13 @@ SWEEPS = (
     "memory_table",
     "icd",
     "rank_alpha_rate",
+    "data_faults",
+    "problem_sets",
+    "medical_questions",
+    "medical_capacity",
+    "base_moved",
+    "reward",
+    "six_tasks",
 )
 
 

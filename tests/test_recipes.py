@@ -4,17 +4,23 @@ A stand-in is a folder as a hub's model lies in it: the real architecture, small
 weights, tiny-decoder's tokenizer with a chat template. One more is tiny-decoder
 itself. What these runs score says nothing of a real model."""
 
+import ast
 import contextlib
+import hashlib
 import io
 import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -48,6 +54,12 @@ PAGES = {  # a chapter, and the recipes that its page shows
     "13_nf4": ["13_pack.py"],
     "14_qlora": ["14_merge.py"],
     "15_fitting_in_memory": ["15_fit.py"],
+    "16_data": ["16_check_data.py"],
+    "18_library_stack": ["18_train.py"],
+    "19_many_adapters": ["19_serve.py"],
+    "20_medical_questions": ["20_medical.py"],
+    "21_preference_and_reward": ["21_dpo.py"],
+    "22_shipping": ["22_ship.py"],
 }
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"
@@ -756,6 +768,190 @@ def test_a_plan_alone_loads_no_model(stand_in):
     assert not (stand_in / "planned").exists()
 
 
+# ---- 16: chats, looked at before a run
+
+CHATS = """{% for m in messages %}{% if m.role == "user" %}{{ bos_token + m.content }}
+{%- else %}{{ " =" }}{{ " " + m.content + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ " =" }}{% endif %}"""
+
+
+def look_at_chats(folder, rows, template=CHATS, length=64):
+    """What 16_check_data.py prints of rows, with tiny-decoder's tokenizer."""
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "words")
+    file = folder / "chats.jsonl"
+    file.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    common = ("--model", "words", "--data", file, "--length", length)
+    return run(folder, "16_check_data.py", *common)
+
+
+def some_chats():
+    """Three records: a pair, and chats of one and of two answers."""
+    pairs = [(r.text, r.answer) for r in data.records("dates", "fi", 4, "train")]
+    turns = [
+        [dict(role="user", content=text), dict(role="assistant", content=answer)]
+        for text, answer in pairs
+    ]
+    first = dict(prompt=pairs[0][0], answer=pairs[0][1])
+    return [first, dict(messages=turns[1]), dict(messages=turns[2] + turns[3])]
+
+
+def test_good_chats_are_let_through(tmp_path):
+    out = look_at_chats(tmp_path, some_chats(), length=96)
+    assert out.startswith("prompt, no loss: '<s>") and "3 chats" in out
+    assert out.count("</s>") == 1 and out.endswith("nothing wrong was found\n")
+
+
+BAD_CHATS = {  # what is wrong: (how it is made so, what is said)
+    "no generation prompt": (
+        dict(template=CHATS.partition("{%- if add")[0]),
+        "the prompt stops before '='",
+    ),
+    "no end token": (
+        dict(template=CHATS.replace(" + eos_token", "")),
+        "no end token: the model would not learn to stop",
+    ),
+    "two start tokens": (
+        dict(template="{{ bos_token }}" + CHATS),
+        "two start tokens",
+    ),
+    "no place for the answer": (dict(length=8), "the prompt fills the length"),
+    "a long answer": (dict(length=40), "the answer's end is cut off"),
+    "no JSON": (dict(row="{"), "no JSON"),
+    "a number": (dict(row=5), "no chat, but something else"),
+    "a text for a chat": (
+        dict(row=dict(messages="Hei")),
+        "no chat, but something else",
+    ),
+    "an empty answer": (dict(row=dict(prompt="a", answer=" ")), "a turn without text"),
+    "no answer": (
+        dict(row=dict(messages=[dict(role="user", content="a")] * 2)),
+        "the last turn is not the assistant's",
+    ),
+    "the same again": (dict(row="twice"), "the same chat again"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_a_bad_chat_is_named_and_stops_the_run(name, tmp_path):
+    changes, said = BAD_CHATS[name]
+    rows, row = some_chats(), changes.get("row")
+    if row is not None:
+        rows.append(rows[0] if row == "twice" else row)
+    settings = {k: v for k, v in changes.items() if k != "row"}
+    settings.setdefault("length", 96)
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        look_at_chats(tmp_path, rows, **settings)
+
+
+def test_an_empty_file_of_chats_is_no_good_one(tmp_path):
+    with pytest.raises(SystemExit, match="the file is empty"):
+        look_at_chats(tmp_path, [])
+
+
+def test_a_tokenizer_without_a_template_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="has no chat template"):
+        look_at_chats(tmp_path, some_chats(), template=None)
+
+
+# ---- 22: a folder made ready for strangers
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def to_ship(stand_in, tmp_path):
+    """A copy of the trained adapter, and what ships it with four records."""
+    out = shutil.copytree(stand_in / "first", tmp_path / "shipped")
+    rows = (stand_in / "records.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "held-out.jsonl").write_text("\n".join(rows))
+    common = (*quick(stand_in, out), "--data", tmp_path / "held-out.jsonl")
+    names = ("--base-name", "some-lab/base", "--licence", "mit")
+    return out, (*common, *names, "--base-licence", "llama3.1")
+
+
+def test_an_adapter_is_shipped_with_a_card_of_what_was_measured(trained, tmp_path):
+    folder, _ = trained
+    out, common = to_ship(folder, tmp_path)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    said = run(folder, "22_ship.py", *common, "--revision", COMMIT)
+    scores = re.search(r"([\d.]+) with the adapter, ([\d.]+) without", said).groups()
+    config = PeftConfig.from_pretrained(out)
+    assert config.base_model_name_or_path == "some-lab/base"
+    assert config.revision == COMMIT
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == "some-lab/base" and card.data.license == "mit"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+        assert card.data.to_dict()["sha256"][name] == digest
+        assert card.text.count(digest) == 1
+    assert all(f"| {score} |" in card.text for score in scores)
+    assert "| 4 held-out records |" in card.text and COMMIT in card.text
+    assert "base llama3.1, data\nunknown" in card.text
+
+    said = run(folder, "22_ship.py", "--out", out, "--verify")
+    assert "both files are those" in said
+    assert not list(out.glob(".*")), "no draft stays behind"
+    whole = (out / "adapter_config.json").read_text()
+    (out / "adapter_config.json").write_text(whole.replace("some-lab", "other-lab"))
+    with pytest.raises(SystemExit, match="config.json is not the file"):
+        run(folder, "22_ship.py", "--out", out, "--verify")
+    (out / "adapter_config.json").write_text(whole)
+    raw = bytearray(before)
+    raw[-3] ^= 1
+    (out / "adapter_model.safetensors").write_bytes(raw)
+    with pytest.raises(SystemExit, match="safetensors is not the file"):
+        run(folder, "22_ship.py", "--out", out, "--verify")
+
+
+def spoil(out, change):
+    """Every tensor of the folder's file changed."""
+    file = out / "adapter_model.safetensors"
+    tensors = {name: change(name, t) for name, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+NOT_SHIPPED = {  # the revision, what is done to the folder, what is said
+    "a branch": ("main", lambda out: None, "a commit: 40 digits"),
+    "a short commit": (COMMIT[:12], lambda out: None, "a commit: 40 digits"),
+    "a pickle": (
+        COMMIT,
+        lambda out: (out / "training_args.bin").write_bytes(b""),
+        "training_args.bin may run code",
+    ),
+    "a script, deeper down": (
+        COMMIT,
+        lambda out: (out / "more").mkdir() or (out / "more/x.py").write_text(""),
+        "x.py may run code",
+    ),
+    "no config": (
+        COMMIT,
+        lambda out: (out / "adapter_config.json").unlink(),
+        "has no adapter_config",
+    ),
+    "NaN": (COMMIT, lambda out: spoil(out, lambda n, t: t / 0 * 0), "NaN or infinity"),
+    "untrained": (
+        COMMIT,
+        lambda out: spoil(out, lambda n, t: t * ("lora_A" in n)),
+        "never trained",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SHIPPED)
+def test_what_is_not_fit_to_ship_is_refused(trained, tmp_path, name):
+    folder, _ = trained
+    revision, damage, said = NOT_SHIPPED[name]
+    out, common = to_ship(folder, tmp_path)
+    damage(out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match=said):
+        run(folder, "22_ship.py", *common, "--revision", revision)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
 def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(stand_in):
     recipe = runpy.run_path(str(RECIPES / "qlora_llm.py"))
     tokenizer = AutoTokenizer.from_pretrained(stand_in / "model")
@@ -769,6 +965,102 @@ def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(stand_in):
     text = tokenizer.decode(ids)
     assert text.startswith("<s>user: Tuesday") and "assistant: 2026-03-03</s>" in text
     assert recipe["encode"](tokenizer, dict(prompt="x", answer=words), 64) is None
+
+
+# ---- 20_medical.py
+
+
+def test_questions_on_icd_are_answered_and_refusals_are_counted_apart(stand_in):
+    few = ("--length", 256, "--epochs", 2, "--rate", 1e-2, "--tokens", 12)
+    sizes = ("--train", 40, "--tests", 8)
+    common = ("--model", "model", "--out", "medical", *few, *sizes)
+    out = run(stand_in, "20_medical.py", *common)
+    assert_it_learned(out)
+    assert "40 records, 0 answers too long" in out
+    pattern = r"^(adapter|base): ([\d.]+) answered, ([\d.]+) refused right$"
+    rows = re.findall(pattern, out, re.M)
+    assert [name for name, *_ in rows] == ["adapter", "base"]
+    assert all(0 <= float(share) <= 1 for _, *two in rows for share in two)
+    records = [json.loads(r) for r in (stand_in / "icd.jsonl").read_text().splitlines()]
+    assert sum(r["answer"] == "not stated" for r in records) == 10, "a quarter"
+    assert all(r["answer"] in r["prompt"] for r in records)
+
+
+def test_a_right_answer_and_a_right_refusal_are_told_apart(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    recipe = runpy.run_path(str(RECIPES / "20_medical.py"))
+    asked = recipe["icd_questions"].questions("test", 40)
+    right = {recipe["prompt"](q): q.answer or "not stated" for q in asked}
+    llm = recipe["qlora_llm"]
+    args = llm.options().parse_args([])
+
+    def scored(answer):
+        monkeypatch.setattr(llm, "answer", lambda model, tokenizer, args: answer(args))
+        return recipe["score"](None, None, asked, args)
+
+    assert scored(lambda args: right[args.prompt]) == [1, 1]
+    assert scored(lambda args: "not stated") == [0, 1]
+    assert scored(lambda args: "A00") == [0, 0]
+
+
+# ---- 21_dpo.py
+
+
+@pytest.fixture(scope="module")
+def preferred(stand_in):
+    """The stand-in trained to prefer dates to `?`, and what the recipe printed."""
+    pytest.importorskip("trl")
+    rows = map(json.loads, (stand_in / "records.jsonl").read_text().splitlines())
+    pairs = [
+        json.dumps(dict(prompt=r["prompt"], chosen=r["answer"], rejected="?"))
+        for r in rows
+    ]
+    (stand_in / "pairs.jsonl").write_text("\n".join(pairs))
+    return stand_in, run(stand_in, "21_dpo.py", *quick(stand_in, "preferred"))
+
+
+def test_dpo_raises_the_chosen_answers_and_lowers_the_rejected(preferred):
+    folder, out = preferred
+    assert "40 pairs" in out
+    moved = {}
+    for which, *pair in re.findall(r"^logps/(\w+): (\S+) -> (\S+)", out, re.M):
+        start, end = map(float, pair)
+        moved[which] = end - start
+    assert moved["chosen"] > max(1, moved["rejected"]), out
+    assert answer_of(out, "with the adapter") != answer_of(out, "without it")
+    files = {path.name for path in (folder / "preferred").rglob("*.safetensors")}
+    assert files == {"adapter_model.safetensors"}, "the frozen copy is not saved"
+
+
+def test_dpo_goes_on_from_an_adapter_that_is_its_own_reference(preferred, tmp_path):
+    folder, _ = preferred
+    more = ("--adapter", "preferred", "--answers", 0)
+    out = run(folder, "21_dpo.py", *quick(folder, tmp_path / "again"), *more)
+    start, end = re.search(r"^loss: (\S+) -> (\S+)", out, re.M).groups()
+    assert start == "0.693", f"the reference is not where training begins: {out}"
+    assert float(end) < float(start)
+
+
+def test_a_pairs_prompt_is_the_one_that_the_model_is_asked(preferred):
+    pytest.importorskip("trl")
+    folder, _ = preferred
+    recipe = runpy.run_path(str(RECIPES / "21_dpo.py"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    row = recipe["read"](folder / "pairs.jsonl", tokenizer)[0]
+    first = json.loads((folder / "pairs.jsonl").read_text().splitlines()[0])
+    asked = recipe["qlora_llm"].chat(tokenizer, first["prompt"])
+    asked = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert tokenizer(row["prompt"])["input_ids"] == asked, "the first token once"
+
+
+def test_a_pair_of_equal_answers_is_refused(preferred, tmp_path):
+    folder, _ = preferred
+    same = json.dumps(dict(prompt="x", chosen="y", rejected="y"))
+    (tmp_path / "same.jsonl").write_text(same)
+    common = (*quick(folder, tmp_path / "no"), "--pairs", tmp_path / "same.jsonl")
+    with pytest.raises(SystemExit, match="1 pairs prefer an answer to itself"):
+        run(folder, "21_dpo.py", *common)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("chapter", PAGES)
@@ -791,3 +1083,226 @@ def test_every_recipe_is_shown_and_short_in_width():
     for path in RECIPES.glob("*.py"):
         wide = [line for line in path.read_text("utf8").splitlines() if len(line) > 80]
         assert not wide, f"{path.name}: {wide}"
+
+
+# ---- 19_serve.py: many adapters in one batch
+
+
+@pytest.fixture(scope="module")
+def serving(two):
+    """The recipe's names, and the stand-in in 32 bits with both adapters in slots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        recipe = runpy.run_path(str(RECIPES / "19_serve.py"))
+    server = recipe["Server"](load(two).eval(), r=16, size=3)
+    for name in ("first", "another"):
+        recipe["put"](server, name, recipe["read"](two / name, server.model))
+    return recipe, server
+
+
+def test_a_row_of_a_mixed_batch_is_its_adapter_alone(two, serving):
+    _, server = serving
+    names = ["another", None, "first", "another"]
+    ids = torch.arange(5, 85).reshape(4, 20)
+    with torch.no_grad():
+        with server.using(names) as model:
+            mixed = model(input_ids=ids).logits
+        base = server.model(input_ids=ids).logits
+        assert torch.equal(mixed[1], base[1]), "no name: the base to the bit"
+        for name in ("first", "another"):
+            rows = torch.tensor([n == name for n in names])
+            alone = load(two, name).eval()(input_ids=ids).logits
+            moved = (alone - base)[rows].abs().max()
+            assert (mixed - alone)[rows].abs().max() < 1e-5 * max(1, moved)
+            assert moved > 0.1
+
+
+def test_a_mixed_batch_with_the_cache_writes_what_each_row_alone_writes(serving):
+    recipe, server = serving
+    tokenizer = AutoTokenizer.from_pretrained(server.model.config.name_or_path)
+    texts = ["a longer text than the others =", "12 =", "March =", "x y z ="]
+    names = ["first", "another", None, "first"]
+    mixed = recipe["answer"](server, tokenizer, texts, names, 12)
+    for row, (text, name) in enumerate(zip(texts, names, strict=True)):
+        alone = recipe["answer"](server, tokenizer, [text], [name], 12)
+        assert alone == [mixed[row]]
+
+
+def test_requests_from_a_file_are_answered_over_a_base_in_4_bits(two, tmp_path):
+    common = (*quick(two, "unused"), "--adapters", "first", "another")
+    out = run(two, "19_serve.py", *common)
+    answers = {name: answer_of(out, name) for name in ("first", "another", "none")}
+    assert len(set(answers.values())) == 3, f"each answers in its own way: {out}"
+    prompt = common[common.index("--prompt") + 1]
+    rows = [dict(prompt=prompt, adapter="another"), dict(prompt=prompt)]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    again = run(two, "19_serve.py", *common, "--requests", file)
+    assert [line.split(":")[0] for line in again.splitlines()[-2:]] == [
+        "another",
+        "none",
+    ]
+
+
+SERVED_WRONGLY = {  # a setting changed in another/, the request's name, what is said
+    "an unknown name": ({}, "nobody", "no adapter is named 'nobody'"),
+    "DoRA": (dict(use_dora=True), "first", "another is no plain LoRA: use_dora"),
+    "another method": (dict(peft_type="LOHA"), "first", "no plain LoRA: peft_type"),
+    "another base": (
+        dict(base_model_name_or_path="elsewhere/other"),
+        "first",
+        "another is for the base elsewhere/other, this is model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SERVED_WRONGLY)
+def test_what_cannot_be_served_is_refused(two, name, tmp_path):
+    settings, asked, said = SERVED_WRONGLY[name]
+    config = two / "another" / "adapter_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | settings))
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps(dict(prompt="x", adapter=asked)))
+    common = (*quick(two, "unused"), "--adapters", "first", "another")
+    try:
+        with pytest.raises(SystemExit, match=said):
+            run(two, "19_serve.py", *common, "--requests", file)
+    finally:
+        config.write_text(before)
+
+
+def test_what_does_not_fit_a_server_changes_nothing(two, serving):
+    recipe, server = serving
+    factors = recipe["read"](two / "first", server.model)
+    path, (A, B) = next(iter(factors.items()))
+    wrong = {
+        "'first' is taken": ("first", factors),
+        "rank 17": ("wide", {path: (torch.ones(17, A.shape[1]), B[:, :1])}),
+        "does not fit: lm_head.x": ("lost", {"lm_head.x": (A, B)}),
+        f"does not fit: {re.escape(path)}": ("thin", {path: (A[:, 1:], B)}),
+    }
+    before = {n: (s.A.clone(), s.B.clone()) for n, s in server.layers.items()}
+    for said, (name, new) in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            recipe["put"](server, name, new)
+    with pytest.raises(ValueError, match="2 rows, but 1 names"):
+        with server.using(["first"]) as model:
+            model(input_ids=torch.ones(2, 3, dtype=torch.long))
+    assert list(server.numbers) == [None, "first", "another"]
+    for name, (A, B) in before.items():
+        slots = server.layers[name]
+        assert torch.equal(slots.A, A) and torch.equal(slots.B, B)
+        assert slots.a is None and slots.b is None, "and after the error none is on"
+
+
+def test_the_page_builds_the_server_of_the_file():
+    page = nbformat.read(ROOT / "notebooks" / "19_many_adapters.ipynb", 4)
+    cells = {cell.source for cell in page.cells if cell.cell_type == "code"}
+    text = (RECIPES / "19_serve.py").read_text("utf8")
+    for node in ast.parse(text).body:
+        if getattr(node, "name", None) in ("Slots", "Server", "read", "put"):
+            assert ast.get_source_segment(text, node) in cells, node.name
+
+
+# ---- 18_train.py: the library stack
+
+
+@pytest.fixture(scope="module")
+def pairs(stand_in):
+    """The stand-in's folder, with its records as prompts and completions."""
+    rows = map(json.loads, (stand_in / "records.jsonl").read_text().splitlines())
+    rows = [dict(prompt=r["prompt"], completion=r["answer"]) for r in rows]
+    (stand_in / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return stand_in
+
+
+STACK = ("--model", "model", "--data", "pairs.jsonl", "--batch", 4, "--accumulate", 2)
+SIX = ("--steps", 6, "--save-every", 2, "--rate", 1e-2)
+
+
+def adapters_apart(one, other):
+    one, other = (load_file(f / "adapter_model.safetensors") for f in (one, other))
+    assert one.keys() == other.keys()
+    return max((one[n] - other[n]).abs().max().item() for n in one)
+
+
+@pytest.mark.parametrize("bits", [(), ("--load-in-4bit",)], ids=["32 bits", "4 bits"])
+def test_a_run_goes_on_from_its_last_whole_checkpoint(pairs, tmp_path, bits):
+    common = (*STACK, *SIX, "--dropout", 0.2, *bits)
+    run(pairs, "18_train.py", *common, "--out", tmp_path / "whole")
+    run(pairs, "18_train.py", *common, "--out", tmp_path / "cut")
+    assert adapters_apart(tmp_path / "whole", tmp_path / "cut") == 0, "not repeatable"
+    (tmp_path / "cut" / "adapter_model.safetensors").unlink()
+    # as if it had been killed while it saved its last checkpoint
+    (tmp_path / "cut" / "checkpoint-6" / "trainer_state.json").write_text('{"epo')
+    out = run(pairs, "18_train.py", *common, "--out", tmp_path / "cut", "--resume")
+    assert out.count("'loss'") == 2, "it goes on at step 5 of 6"
+    assert adapters_apart(tmp_path / "whole", tmp_path / "cut") == 0
+    trained = logits(load(pairs, tmp_path / "cut"))
+    assert (trained - logits(load(pairs))).abs().max() > 0.01
+
+
+def test_resume_without_a_checkpoint_starts_anew(pairs, tmp_path):
+    common = (*STACK, "--steps", 2, "--out", tmp_path / "new", "--resume")
+    out = run(pairs, "18_train.py", *common)
+    assert out.count("'loss'") == 2
+
+
+STACKED_WRONGLY = {  # arguments, what is said
+    "no data": (("--data", "nowhere.jsonl"), "there is no file nowhere.jsonl"),
+    "one process to shard": (("--shard",), "two or more processes"),
+    "an earlier run's folder": (("--out", "earlier"), "--resume goes on from them"),
+}
+
+
+@pytest.mark.parametrize("name", STACKED_WRONGLY)
+def test_a_run_that_could_not_end_well_is_refused_at_once(pairs, name):
+    (pairs / "earlier" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+    arguments, said = STACKED_WRONGLY[name]
+    with pytest.raises(SystemExit, match=said):
+        run(pairs, "18_train.py", *STACK, "--out", "refused", *arguments)
+    assert not (pairs / "refused").exists()
+
+
+def test_a_missing_library_is_named_before_any_work(monkeypatch):
+    recipe = runpy.run_path(str(RECIPES / "18_train.py"))
+    for name, words in (("bitsandbytes", "--load-in-4bit"), ("wandb", "--report-to")):
+        more = [words, "wandb"] if name == "wandb" else [words]
+        args = recipe["options"]().parse_args(["--data", "x", *more])
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda name: None)
+            with pytest.raises(SystemExit, match=f"pip install {name}"):
+                recipe["check"](args)
+
+
+def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    recipe = runpy.run_path(str(RECIPES / "18_train.py"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for known, mode in ((True, "online"), (False, "offline")):
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setattr("wandb.login", lambda prompt, known=known: known)
+        recipe["log_to_wandb"](tmp_path / "out")
+        assert os.environ["WANDB_MODE"] == mode
+        assert ("no login to wandb" in capsys.readouterr().out) is not known
+    monkeypatch.setattr("wandb.login", lambda prompt: 1 / 0)  # nobody answers
+    monkeypatch.setenv("WANDB_MODE", "online")
+    recipe["log_to_wandb"](tmp_path / "out")
+    assert os.environ["WANDB_MODE"] == "offline"
+
+
+def test_two_processes_with_a_shared_base_train_the_adapter_of_one(pairs, tmp_path):
+    """FSDP2 by gloo; with SGD, for Adam makes steps of rounding."""
+    common = (*STACK, "--steps", 4, "--optim", "sgd", "--rate", 0.5)
+    run(pairs, "18_train.py", *common, "--out", tmp_path / "one")
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    words += ["--num_processes", "2", "--main_process_port", "0"]
+    words += [RECIPES / "18_train.py", *common, "--out", tmp_path / "two"]
+    words += ["--batch", 2, "--shard"]
+    quiet = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(
+        list(map(str, words)), cwd=pairs, env=quiet, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert adapters_apart(tmp_path / "one", tmp_path / "two") < 1e-5

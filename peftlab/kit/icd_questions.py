@@ -1,0 +1,424 @@
+"""Questions on entries of ICD-10-CM, each answered by a piece of the entry, or by none.
+
+An entry is written as the classification prints it: the code, its title, a term that
+it includes, and up to three notes, of one item each. `M35.0 Sjögren syndrome. Sicca
+syndrome. Use additional code: to identify associated manifestations. Excludes1: dry
+mouth, unspecified (R68.2).`
+
+| kind | asks for | its note |
+|---|---|---|
+| `code` | the entry's own code | |
+| `first` | what is coded before it | Code first |
+| `never` | what is never coded together with it | Excludes1 |
+| `apart` | what is not meant here, and may be coded beside it | Excludes2 |
+| `also` | what else is coded | Use additional code |
+
+By the official guidelines Excludes1 means NOT CODED HERE: the two are never coded
+together, except where they are unrelated. Excludes2 means not included here: a patient
+who has both may have both coded. Right is what stands under the label that is asked
+for, in the entry as it is shortened here: one item of a note, and none of the notes
+that an entry inherits from its chapter or category.
+
+A quarter of the questions ask for a note that the entry has not got: the right answer
+is none, "". There are phrasings to train on and others, kept apart, to test with; and a
+test can have the labels of the notes reworded. An entry belongs to train, dev or test
+by the checksum of its three-character category, as in `icd`: no category is trained and
+tested. One note can stand in several ("underlying disease" in many). ICD-10-CM is the
+US modification of the WHO's ICD-10, published for all to use by CDC and CMS."""
+
+import functools
+import hashlib
+import random
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import torch
+
+from peftlab.kit import icd
+
+LABELS = {  # of a kind, as ICD-10-CM prints it
+    "first": "Code first",
+    "never": "Excludes1",
+    "apart": "Excludes2",
+    "also": "Use additional code",
+}
+REWORDED = {  # the same in words that no training record has
+    "first": "Sequence ahead of it",
+    "never": "Do not combine with",
+    "apart": "Classified elsewhere",
+    "also": "Report besides",
+}
+KINDS = ("code", *LABELS)
+TAGS = dict(first="codeFirst", never="excludes1", apart="excludes2")
+TAGS |= dict(also="useAdditionalCode")
+KNOWN = {  # phrasings of a question that are trained on
+    "code": (
+        "Which code is this?",
+        "What is the code of this entry?",
+        "How is this coded?",
+        "Give the code.",
+    ),
+    "first": (
+        "What must be coded first?",
+        "Which condition is coded first?",
+        "What comes first, before this code?",
+        "Is there something to code first?",
+    ),
+    "never": (
+        "What is never coded together with this?",
+        "What must not be coded together with it?",
+        "What does Excludes1 rule out?",
+        "Which condition is never coded at the same time?",
+    ),
+    "apart": (
+        "What is not included here?",
+        "What is not part of this condition?",
+        "What does Excludes2 name?",
+        "What is not included, but may be coded as well?",
+    ),
+    "also": (
+        "What else is coded?",
+        "Which additional code is used?",
+        "What additional code should be added?",
+        "What else should be coded with it?",
+    ),
+}
+UNSEEN = {  # and those that are not
+    "code": (
+        "Under which number is this diagnosis filed?",
+        "What do I look up to find this entry?",
+    ),
+    "first": (
+        "What has to precede this one?",
+        "Which disease is to be listed ahead of this?",
+    ),
+    "never": (
+        "With what can this not be combined?",
+        "Which diagnosis cannot stand beside this one?",
+    ),
+    "apart": (
+        "What belongs elsewhere, though a patient may have both?",
+        "Which condition does this entry leave out?",
+    ),
+    "also": (
+        "What further detail is wanted?",
+        "What is to be reported besides?",
+    ),
+}
+LONGEST = 60  # characters of a title or an item
+SHORT = 24  # characters of a title that is asked for without its entry
+MOST = 3  # notes of an entry
+REFUSALS = 4  # one question in four has no answer
+CODE = r"\([A-Z]\d\w(\.\w+)?-?\)"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on a context; `start` is where the answer begins, -1 for none."""
+
+    kind: str
+    question: str
+    context: str
+    answer: str
+    start: int
+
+
+@functools.cache
+def entries():
+    """Every entry with a note: (code, heading, {kind: item}, split), in the
+    classification's order. The heading is the title, and a term that it includes.
+
+    Raises:
+        ValueError: the package with the classification is not installed.
+    """
+    found = []
+    for diag in ElementTree.parse(icd._file()).iter("diag"):
+        code, title = diag.findtext("name"), diag.findtext("desc")
+        notes = {}
+        for child in diag:  # in the order in which they are printed
+            for kind, tag in TAGS.items():
+                items = [i for i in map(_item, child.findall("note")) if i]
+                if child.tag == tag and items and len(notes) < MOST:
+                    notes.setdefault(kind, items[0])
+        if notes and len(title) <= LONGEST and "." not in title:
+            terms = [_item(term) for term in diag.findall("inclusionTerm/note")]
+            heading = ". ".join([title, *[term for term in terms if term][:1]])
+            found.append((code, heading, notes, _split(code)))
+    return found
+
+
+def _item(note):
+    """A note's text, as far as one can quote it: no heading, no list of codes."""
+    text = re.sub(r"^(code(\(s\))? |, if applicable,? )", "", note.text or "").strip()
+    text = re.sub(r"(, if (known|applicable))?,? such as:$", "", text)
+    bare = re.sub(CODE, "", text).strip()
+    whole = not re.search(r"[.:;()\[\]]|such as|if applicable", bare)
+    return text if whole and 4 < len(bare) and len(text) <= LONGEST else None
+
+
+def context(code, heading, notes, labels=LABELS):
+    """An entry as text.
+
+    Args:
+        code, heading: of the entry.
+        notes: {kind: item}.
+        labels: {kind: label}, `LABELS` or `REWORDED`.
+
+    Returns:
+        A string.
+    """
+    parts = [
+        f"{code} {heading}",
+        *(f"{labels[k]}: {item}" for k, item in notes.items()),
+    ]
+    return "".join(f"{part}. " for part in parts).strip()
+
+
+def questions(split, n, seed=0, unseen=False, reworded=False):
+    """Questions of one split, one in four without an answer, shuffled.
+
+    Those with an answer are spread evenly over the kinds, as far as there are entries.
+    The entries that are asked about are the same whatever the wording is.
+
+    Args:
+        split: "train", "dev" or "test".
+        n: how many, at least 8.
+        seed: of the draw.
+        unseen: ask in phrasings that are never trained on.
+        reworded: label the notes in words that are never trained on.
+
+    Returns:
+        A list of `Question`.
+
+    Raises:
+        ValueError: another split, n below 8 or more than there are, unseen wording in
+            training, or the package is not installed.
+    """
+    if split not in icd.SPLITS:
+        raise ValueError(f"split must be train, dev or test, not {split!r}")
+    if not isinstance(n, int) or n < 2 * REFUSALS:
+        raise ValueError(f"ask for at least {2 * REFUSALS} questions: n is {n!r}")
+    if split == "train" and (unseen or reworded):
+        raise ValueError("unseen and reworded questions are for dev and test alone")
+
+    def rank(*what):
+        return hashlib.sha256(repr((seed, *what)).encode()).digest()
+
+    def order(ask):  # entries with two notes or three first: there one must choose
+        return len(ask[2]) == 1, rank("draw", ask[0], ask[3])
+
+    pool = sorted(_pool(split), key=order)
+    drawn = _spread([ask for ask in pool if ask[3] in ask[2] or ask[3] == "code"], n)
+    none = [ask for ask in pool if ask[3] not in ask[2] and ask[3] != "code"]
+    drawn += none[: n - len(drawn)]
+    if len(drawn) < n:
+        raise ValueError(f"the {split} split has only {len(drawn)} questions, not {n}")
+    drawn.sort(key=lambda ask: rank("shuffle", ask[0], ask[3]))
+    labels, asked = REWORDED if reworded else LABELS, UNSEEN if unseen else KNOWN
+    return [
+        _question(*ask, labels, asked[ask[3]], rank("words", ask[0], ask[3])[0])
+        for ask in drawn
+    ]
+
+
+def _pool(split):
+    """(code, heading, notes, kind): everything that could be asked."""
+    return [
+        (code, heading, notes, kind)
+        for code, heading, notes, where in entries()
+        if where == split
+        for kind in KINDS
+    ]
+
+
+def _spread(pool, n):
+    """The first of every kind in turn, until three quarters of n are there."""
+    place, each = Counter(), []
+    for ask in pool:
+        each.append((place[ask[3]], KINDS.index(ask[3]), ask))
+        place[ask[3]] += 1
+    each.sort(key=lambda row: row[:2])
+    return [ask for _, _, ask in each[: n - n // REFUSALS]]
+
+
+def _question(code, heading, notes, kind, labels, phrasings, draw):
+    text = context(code, heading, notes, labels)
+    if kind == "code":
+        answer, start = code, 0
+    elif kind in notes:
+        label = f"{labels[kind]}: "
+        start = text.index(f". {label}") + 2 + len(label)
+        answer = re.sub(rf" {CODE}$", "", notes[kind])
+    else:
+        answer, start = "", -1
+    return Question(kind, phrasings[draw % len(phrasings)], text, answer, start)
+
+
+def rule(question, note):
+    """What a program of a few lines answers: the question's keyword names a label, and
+    the text after it, up to the full stop, is the answer. It knows the phrasings of
+    `KNOWN` and ICD-10-CM's own labels.
+
+    Args:
+        question, note: strings.
+
+    Returns:
+        The answer, "" for none.
+    """
+    keywords = {
+        "first": "first",
+        "never": "never|must not|excludes1",
+        "apart": "not included|not part|excludes2",
+        "also": "else|additional",
+        "code": "code",
+    }
+    said = question.lower()
+    for kind, pattern in keywords.items():
+        if re.search(pattern, said):
+            if kind == "code":
+                return note.split(" ")[0]
+            found = re.search(rf"\. {LABELS[kind]}: (.*?)( {CODE})?\.( |$)", note)
+            return found[1] if found else ""
+    return ""
+
+
+def best_span(start, end, given, longest=30):
+    """The best piece of a context, and by how much it beats no answer.
+
+    Args:
+        start, end: (T,), how likely a token is an answer's first and its last; those
+            of token 0, [CLS], together score that there is none.
+        given: (T,) booleans, the tokens of the context.
+        longest: tokens of an answer at most.
+
+    Returns:
+        ((first, last), margin), tokens and the best span's score less that of none.
+    """
+    scores = start[:, None] + end[None, :]  # (T, T): first, last
+    allowed = given[:, None] & given[None, :]
+    allowed &= torch.ones_like(scores).triu().tril(longest - 1).bool()
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    span = divmod(scores.argmax().item(), len(start))
+    return span, (scores[span] - start[0] - end[0]).item()
+
+
+def threshold(found):
+    """The margin above which an answer is given, best on what was found for questions
+    whose answers are known.
+
+    Args:
+        found: {`Question`: (its best span's text, the margin)}.
+
+    Returns:
+        A float, midway between two margins.
+    """
+    pairs = [(margin, text, q.answer) for q, (text, margin) in found.items()]
+    margins = sorted(margin for margin, _, _ in pairs)
+    cuts = [(a + b) / 2 for a, b in zip(margins[:-1], margins[1:], strict=True)]
+
+    def right(cut):
+        return sum((text if m > cut else "") == answer for m, text, answer in pairs)
+
+    return max(cuts, key=right)
+
+
+def token_f1(given, answer):
+    """The harmonic mean of two shares: of the words given those that are right, and of
+    the right words those that are given; 1 or 0 where one of them is none.
+
+    Args:
+        given, answer: strings, "" for none.
+
+    Returns:
+        A float from 0 to 1.
+    """
+    ours, theirs = Counter(given.split()), Counter(answer.split())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def titles(split, n, seed=0):
+    """Short titles, each with the three-character category that it is filed under.
+
+    Args:
+        split: "train", "dev" or "test", by category as above.
+        n: how many.
+        seed: of the draw.
+
+    Returns:
+        A list of pairs (title, category), no title in two categories.
+
+    Raises:
+        ValueError: another split, more than there are, or the package is missing.
+    """
+    if split not in icd.SPLITS:
+        raise ValueError(f"split must be train, dev or test, not {split!r}")
+    pool = [pair for pair in _titles() if _split(pair[1]) == split]
+    if not 1 <= n <= len(pool):
+        raise ValueError(f"the {split} split has 1 to {len(pool)} titles, not {n}")
+    return random.Random(seed).sample(pool, n)
+
+
+def made_up(n, seed=0):
+    """Titles of nothing: a word pieced together of two, and the last word of a title.
+
+    Args:
+        n: how many.
+        seed: of the draw.
+
+    Returns:
+        A list of different strings. None is in the classification, and no title there
+        has the word pieced together.
+
+    Raises:
+        ValueError: n is below 1, or the package is not installed.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"ask for at least one title: n is {n!r}")
+    rng, found = random.Random(f"{seed} made up"), {}
+    words = sorted({w for t, _ in _titles() for w in t.split() if w.isalpha()})
+    known = {word.lower() for word in _words()}
+    heads = [w for w in words if len(w) >= 8 and w.istitle()]
+    tails = [w for w in words if len(w) >= 8 and w.islower()]
+    while len(found) < n:
+        word = rng.choice(heads)[:4] + rng.choice(tails)[-4:]
+        if word.lower() not in known:
+            found[f"{word} {rng.choice(tails)}"] = True
+    return list(found)
+
+
+@functools.cache
+def categories():
+    """The three-character categories of the classification, a frozenset.
+
+    Raises:
+        ValueError: the package with the classification is not installed.
+    """
+    every = ElementTree.parse(icd._file()).iter("diag")
+    return frozenset(diag.findtext("name")[:3] for diag in every)
+
+
+@functools.cache
+def _words():
+    """Every word of every title."""
+    every = ElementTree.parse(icd._file()).iter("diag")
+    return {word for d in every for word in re.findall(r"\w+", d.findtext("desc"))}
+
+
+@functools.cache
+def _titles():
+    """(title, category) of every title that is short and in one category alone."""
+    found = {}
+    for diag in ElementTree.parse(icd._file()).iter("diag"):
+        title, category = diag.findtext("desc"), diag.findtext("name")[:3]
+        if len(title) <= SHORT and re.fullmatch(r"[A-Z]\d\d", category):
+            found.setdefault(title, set()).add(category)
+    return sorted((title, *where) for title, where in found.items() if len(where) == 1)
+
+
+def _split(code):
+    return icd.SPLITS[zlib.crc32(code[:3].encode()) % len(icd.SPLITS)]

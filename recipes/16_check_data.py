@@ -1,0 +1,110 @@
+"""Look at chats before a long run: what is learned of them, what is lost.
+
+    python 16_check_data.py --model Qwen/Qwen2.5-7B-Instruct --data chats.jsonl
+
+One chat a row, {"messages": [{"role": "...", "content": "..."}, ...]}, or
+{"prompt": "...", "answer": "..."}. The last answer is what is trained. Only
+the tokenizer is loaded. Nothing is changed; it ends with an error where
+anything was found, so it can stand before a training command.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+
+def chat_of(row):
+    """The messages of a row; a ValueError says why there are none."""
+    if not isinstance(row, dict):
+        raise ValueError("no chat, but something else")
+    chat = row.get("messages")
+    if chat is None:
+        pair = {"user": row.get("prompt"), "assistant": row.get("answer")}
+        chat = [{"role": r, "content": text} for r, text in pair.items()]
+    if not all(isinstance(turn, dict) for turn in chat):
+        raise ValueError("no chat, but something else")
+    texts = [turn.get("content") for turn in chat]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("a turn without text")
+    if len(chat) < 2 or chat[-1]["role"] != "assistant":
+        raise ValueError("the last turn is not the assistant's")
+    return chat
+
+
+def encode(tokenizer, chat):
+    """Token ids, and how many of them are the prompt."""
+    render = tokenizer.apply_chat_template
+    prompt = render(chat[:-1], tokenize=False, add_generation_prompt=True)
+    whole = render(chat, tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError("the template writes the prompt in two ways")
+    answer = whole[len(prompt) :]
+    before = answer.partition(chat[-1]["content"].strip())[0].strip()
+    if before:
+        raise ValueError(f"the prompt stops before {before!r}")
+    parts = prompt, answer  # apart: no token spans the border
+    prompt, answer = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in parts
+    )
+    if tokenizer.eos_token_id not in answer[-2:]:
+        raise ValueError("no end token: the model would not learn to stop")
+    if prompt[:2] == [tokenizer.bos_token_id] * 2:
+        raise ValueError("two start tokens")
+    return prompt + answer, len(prompt)
+
+
+def main(args):
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.chat_template is None:
+        raise SystemExit(f"the tokenizer of {args.model} has no chat template")
+    rows = Path(args.data).read_text("utf8").splitlines()
+    found, first, sizes, answers, seen = Counter(), {}, [], [], set()
+    for number, row in enumerate(rows, 1):
+        try:
+            chat = chat_of(json.loads(row))
+            ids, start = encode(tokenizer, chat)
+            sizes.append(len(ids))
+            answers.append(len(ids) - start)
+            if row in seen:
+                raise ValueError("the same chat again")
+            seen.add(row)
+            if start >= args.length:
+                raise ValueError("the prompt fills the length: no label left")
+            if len(ids) > args.length:
+                raise ValueError("the answer's end is cut off")
+        except ValueError as error:
+            bad = isinstance(error, json.JSONDecodeError)
+            why = "no JSON" if bad else str(error)
+            found[why] += 1
+            first.setdefault(why, number)
+        else:
+            if len(seen) == 1:
+                print("prompt, no loss:", repr(tokenizer.decode(ids[:start])))
+                print("answer, loss:   ", repr(tokenizer.decode(ids[start:])))
+    print(f"{len(rows)} chats", end="")
+    if sizes:
+        share = sum(answers) / sum(sizes)
+        middle = statistics.median(sizes)
+        print(f", {middle:.0f} tokens in the median, {max(sizes)} at most")
+        print(f"{share:.0%} of the tokens have a loss", end="")
+    print()
+    for why, count in found.most_common():
+        print(f"{count} times, first in row {first[why]}: {why}")
+    if found or not rows:
+        why = ", ".join(found) or "the file is empty"
+        total = found.total()
+        raise SystemExit(f"{total} of {len(rows)} chats are not right: {why}")
+    print("nothing wrong was found")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="meta-llama/Llama-3.1-8B-Instruct")
+    parser.add_argument("--data", default="chats.jsonl")
+    parser.add_argument("--length", type=int, default=1024)
+    main(parser.parse_args())
