@@ -228,8 +228,9 @@ def test_a_chapter_links_to_itself_on_colab(chapter):
 @each_chapter
 def test_a_chapter_installs_this_repository_on_colab(chapter):
     code = [c for c in notebook(chapter)["cells"] if c["cell_type"] == "code"]
-    medical = any(re.search(r"icd\.diagnoses|icd_questions", source(c)) for c in code)
-    names = ("BitsAndBytesConfig", "bitsandbytes.optim")
+    diagnoses = r"icd\.diagnoses|icd_questions|tasks\.SIX"
+    medical = any(re.search(diagnoses, source(c)) for c in code)
+    names = ("BitsAndBytesConfig", "bitsandbytes.optim", "--load-in-4bit")
     packed = any(name in source(c) for c in code for name in names)
     extras = "notebooks" + ",medical" * medical + ",quantization" * packed
     wanted = (
