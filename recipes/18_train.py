@@ -1,16 +1,18 @@
-"""One training script: on one GPU, on several, and again after a crash.
+r"""One training script: on one GPU, on several, and again after a crash.
 
     pip install torch transformers peft accelerate bitsandbytes "wandb>=0.30"
     python 18_train.py --data records.jsonl --load-in-4bit
     python 18_train.py --data records.jsonl --load-in-4bit --resume
-    accelerate launch --multi_gpu --num_processes 8 18_train.py --data ...
+    accelerate launch --multi_gpu --num_processes 8 18_train.py \
+        --data records.jsonl --batch 1 --accumulate 2
 
 records.jsonl has one record a row, {"prompt": "...", "completion": "..."}. A
-step sees --batch x --accumulate x processes sequences. With --shard each
-process holds a part of the base model only (FSDP2; not in 4 bits, and its
-runs cannot be resumed yet). --resume goes on from the last whole checkpoint
-in --out, or starts anew where there is none. --report-to wandb writes to
-OUT/wandb; with WANDB_MODE=online and a login it is uploaded as well.
+step sees --batch x --accumulate x processes sequences: 16 in each of these
+lines. With --shard each process holds a part of the base model only (FSDP2;
+not in 4 bits, and its runs cannot be resumed yet). --resume goes on from the
+last whole checkpoint in --out, or starts anew where there is none.
+--report-to wandb writes to OUT/wandb; with WANDB_MODE=online and a login it
+is uploaded as well.
 """
 
 import argparse
@@ -151,6 +153,13 @@ def encode(tokenizer, record):
     return {"input_ids": prompt + answer, "labels": labels}
 
 
+def held(model):
+    """MB of the base's weights in this process, and MB of them all."""
+    base = [p for n, p in model.named_parameters() if "lora_" not in n]
+    here = [p.to_local() if hasattr(p, "to_local") else p for p in base]
+    return [sum(p.nbytes for p in part) / 1e6 for part in (here, base)]
+
+
 def arguments(args):
     renamed = hasattr(TrainingArguments, "activation_checkpointing")  # 5.23
     checkpointing = "activation" if renamed else "gradient"
@@ -164,7 +173,7 @@ def arguments(args):
         optim=args.optim,
         logging_steps=1,
         save_steps=args.save_every,
-        save_total_limit=2,  # the one before, should the last be torn
+        save_total_limit=2,  # the one before, should the disk spoil the last
         save_only_model=args.shard,
         bf16=args.dtype == "bfloat16",
         use_cpu=not GPU,
@@ -201,6 +210,10 @@ def main(args):
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
+    if PROCESSES > 1:
+        here, base = held(model)
+        rank = os.environ["RANK"]
+        print(f"process {rank} holds {here:.2f} of {base:.2f} MB of the base")
     start = last_whole_checkpoint(args.out) if args.resume else None
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()

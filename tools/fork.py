@@ -51,9 +51,10 @@ def rewrite(root, url):
     new = slug(url)
     config = yaml.safe_load((root / "_config.yml").read_text("utf8"))
     old = slug(config["repository"]["url"])
-    # github.com/old and Colab's /github/old, never github.com/old-and-more.
+    # github.com/old, raw files and Colab's /github/old, never github.com/old-and-more.
     pattern = re.compile(
-        rf"(github\.com/|colab\.research\.google\.com/github/){re.escape(old)}"
+        rf"(github\.com/|raw\.githubusercontent\.com/|"
+        rf"colab\.research\.google\.com/github/){re.escape(old)}"
         r"(?![\w-]|\.(?!git\b)\w)"
     )
     site = re.compile(rf"{re.escape(published(old))}(?![\w.-])")
