@@ -153,6 +153,23 @@ def encode(tokenizer, record):
     return {"input_ids": prompt + answer, "labels": labels}
 
 
+def read(file, tokenizer):
+    """The records of a file; a row that is none is named."""
+    records = []
+    with open(file, encoding="utf8") as rows:
+        for number, row in enumerate(rows, 1):
+            try:
+                records.append(encode(tokenizer, json.loads(row)))
+            except (ValueError, TypeError, KeyError):
+                raise SystemExit(
+                    f"{file}, row {number}: a record is"
+                    ' {"prompt": "...", "completion": "..."}'
+                ) from None
+    if not records:
+        raise SystemExit(f"{file} is empty")
+    return records
+
+
 def held(model):
     """MB of the base's weights in this process, and MB of them all."""
     base = [p for n, p in model.named_parameters() if "lora_" not in n]
@@ -201,8 +218,7 @@ def main(args):
     if args.report_to == "wandb" and os.environ.get("RANK", "0") == "0":
         log_to_wandb(args.out)
     model, tokenizer = load(args)
-    with open(args.data, encoding="utf8") as rows:
-        records = [encode(tokenizer, json.loads(row)) for row in rows]
+    records = read(args.data, tokenizer)
     trainer = Trainer(
         model,
         arguments(args),

@@ -80,11 +80,12 @@ def read(folder, model):
     plain = (".lora_A.weight", ".lora_B.weight")
     odd = [n for n in ("use_dora", "alpha_pattern") if config.get(n)]
     odd += [n for n in tensors if not n.endswith(plain)]
-    odd += [] if config["peft_type"] == "LORA" else ["peft_type"]
+    odd += [] if config.get("peft_type") == "LORA" else ["peft_type"]
     if odd:
         raise ValueError(f"{folder} is no plain LoRA: {odd[0]}")
-    its, ours = config["base_model_name_or_path"], model.config.name_or_path
-    if Path(its).name != Path(ours).name:
+    its = config.get("base_model_name_or_path")
+    ours = model.config.name_or_path
+    if Path(its or "").name != Path(ours).name:
         raise ValueError(f"{folder} is for the base {its}, this is {ours}")
     factors, power = {}, 0.5 if config.get("use_rslora") else 1
     for name, A in tensors.items():

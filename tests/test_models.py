@@ -106,6 +106,17 @@ def test_tiny_seq2seq_is_a_small_t5_with_the_same_tokenizer():
     assert log["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_the_kit_loads_it_by_its_name():
+    model, tokenizer = seq2seq()
+    ours, same = base_models.load("tiny-seq2seq", device="cpu")
+    inputs = tokenizer("fr: March 12, 2026 =", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    asked = same("fr: March 12, 2026 =")["input_ids"]
+    assert asked == inputs["input_ids"][0].tolist()
+    given = [m.generate(**inputs, max_new_tokens=24) for m in (model, ours)]
+    assert torch.equal(*given)
+
+
 def test_tiny_seq2seq_translates_unseen_records_between_base_languages():
     marks = by_language("translate", data.BASE_LANGUAGES, 100, seq2seq)
     assert mean(marks) >= 0.95 and min(marks.values()) >= 0.9, marks

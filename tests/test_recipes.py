@@ -1148,6 +1148,11 @@ SERVED_WRONGLY = {  # a setting changed in another/, the request's name, what is
     "an unknown name": ({}, "nobody", "no adapter is named 'nobody'"),
     "DoRA": (dict(use_dora=True), "first", "another is no plain LoRA: use_dora"),
     "another method": (dict(peft_type="LOHA"), "first", "no plain LoRA: peft_type"),
+    "no name of a base": (
+        dict(base_model_name_or_path=None),
+        "first",
+        "another is for the base None, this is model",
+    ),
     "another base": (
         dict(base_model_name_or_path="elsewhere/other"),
         "first",
@@ -1253,12 +1258,17 @@ STACKED_WRONGLY = {  # arguments, what is said
     "no data": (("--data", "nowhere.jsonl"), "there is no file nowhere.jsonl"),
     "one process to shard": (("--shard",), "two or more processes"),
     "an earlier run's folder": (("--out", "earlier"), "--resume goes on from them"),
+    "a record without an answer": (("--data", "bare.jsonl"), "row 2: a record is"),
+    "no record": (("--data", "empty.jsonl"), "empty.jsonl is empty"),
 }
 
 
 @pytest.mark.parametrize("name", STACKED_WRONGLY)
 def test_a_run_that_could_not_end_well_is_refused_at_once(pairs, name):
     (pairs / "earlier" / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+    whole = '{"prompt": "a", "completion": "b"}'
+    (pairs / "bare.jsonl").write_text(whole + '\n{"prompt": "a"}\n')
+    (pairs / "empty.jsonl").write_text("")
     arguments, said = STACKED_WRONGLY[name]
     with pytest.raises(SystemExit, match=said):
         run(pairs, "18_train.py", *STACK, "--out", "refused", *arguments)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from peftlab import peft_files, surgery
 from peftlab.adapter_folder import CONFIG, WEIGHTS
-from peftlab.kit import base_models, data, icd, measure
+from peftlab.kit import base_models, data, icd, measure, tasks
 
 LANGUAGES = tuple("de fi pl tr sw cs hr lv cy uz vi".split())
 CLASSES = 6  # of the 18 chapters of ICD-10-CM, in an order of the student's own
@@ -227,20 +227,14 @@ def records(number, names, split="dev", seed=0, n=RECORDS):
     return parts
 
 
-@torch.no_grad()
 def share(model, tokenizer, part):
     """The share of a part's records that a model answers right, to the letter."""
     if isinstance(part[0], data.Record):
         return measure.exact_match(model, tokenizer, part)
 
-    right = 0
-    ordered = sorted(part, key=lambda pair: len(pair[0]))
-    for start in range(0, len(part), 60):
-        texts, wanted = zip(*ordered[start : start + 60], strict=True)
-        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
-        given = model.eval()(**batch).logits.argmax(-1)
-        right += (given == torch.tensor(wanted)).sum().item()
-    return right / len(part)
+    given = tasks.classes(model, tokenizer, part)
+    right = [a == place for a, (_, place) in zip(given, part, strict=True)]
+    return sum(right) / len(right)
 
 
 def points(number, score):

@@ -16,8 +16,6 @@ steps and three quarters. Some 15 minutes on one free core."""
 
 import math
 import random
-import re
-from xml.etree import ElementTree
 
 import torch
 
@@ -38,15 +36,10 @@ LONGEST = 14  # tokens of a prompt
 
 def titles(tokenizer):
     """(title, category) of every title that is short and in one category only."""
-    found = {}
-    for diag in ElementTree.parse(icd._file()).iter("diag"):
-        text, category = diag.findtext("desc"), diag.findtext("name")[:3]
-        if len(text) <= 40 and re.fullmatch(rf"[{LETTERS}]\d\d", category):
-            found.setdefault(text, set()).add(category)
-    texts = sorted(text for text, categories in found.items() if len(categories) == 1)
-    lengths = map(len, tokenizer([f"{text} =" for text in texts])["input_ids"])
-    short = zip(texts, lengths, strict=True)
-    return [(text, *found[text]) for text, length in short if length <= LONGEST]
+    pairs = icd.titles(40, rf"[{LETTERS}]\d\d")
+    lengths = map(len, tokenizer([f"{title} =" for title, _ in pairs])["input_ids"])
+    short = zip(pairs, lengths, strict=True)
+    return [pair for pair, length in short if length <= LONGEST]
 
 
 def facts(kind, n, seed, tokenizer):

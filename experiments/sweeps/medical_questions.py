@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import logging
 
 from experiments.common import store, sweep
-from peftlab.kit import base_models, icd_questions, measure
+from peftlab.kit import base_models, icd_questions, measure, tasks
 from peftlab.kit.icd_questions import questions
 from peftlab.kit.results import share, where
 
@@ -149,10 +149,7 @@ def matched(asked, labels=False):
 
     @torch.no_grad()
     def vectors(texts):
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        hidden = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None]
-        return torch.nn.functional.normalize((hidden * mask).sum(1), dim=-1)
+        return tasks.embed(model, tokenizer(texts, padding=True, return_tensors="pt"))
 
     def nearest(texts, known):
         closest = (vectors(texts) @ vectors(known).T).argmax(1)
@@ -240,8 +237,8 @@ def one(job):
         run[name] = graded(asked, given)
         if method == "longer" and name in WORDINGS:
             run[name] |= dict(never=mistakes(asked, given), apart=apart(found))
-    trained = [p for p in reader.model.parameters() if p.requires_grad]
-    run["trained"] = sum(p.numel() for p in trained) if method in PASSES else 770
+    part = reader.model if method in PASSES else reader.model.qa_outputs
+    run["trained"] = measure.parameters(part)[0]
     return run
 
 

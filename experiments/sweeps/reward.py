@@ -77,7 +77,7 @@ def sample(model, tokenizer, lines, k):
 
 
 def reinforce(model, batch, reward):
-    """The loss, or None where every group is of one mind: there is no gradient then."""
+    """The loss, or None where each group has equal rewards: no gradient then."""
     advantage = (reward - reward.mean(1, keepdim=True)).flatten()
     use = advantage != 0
     if not use.any():

@@ -1,9 +1,9 @@
 """The base models: what ships with the package, and the loading of hub models.
 
 Nothing here reaches for the network unless you ask: `load()` gives the shipped
-tiny-decoder, and only a name that you pass makes it load something else.
-`load_minilm()` tries the network last, after the hub's cache and the package that
-holds the same weights."""
+tiny-decoder, `load("tiny-seq2seq")` the encoder-decoder beside it, and only a name that
+you pass makes it load something else. `load_minilm()` tries the network last, after the
+hub's cache and the package that holds the same weights."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,9 @@ from pathlib import Path
 import huggingface_hub as hub
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
@@ -49,7 +51,8 @@ SECONDS = 5  # for the hub to say that it is there
 
 
 def load(name="tiny-decoder", device=None):
-    """A causal language model in eval mode and its tokenizer, as (model, tokenizer).
+    """A language model in eval mode and its tokenizer, as (model, tokenizer): a causal
+    one, or an encoder-decoder where its config says so.
 
     Args:
         name: a shipped model, a folder, or a hub name such as "Qwen/Qwen2.5-0.5B".
@@ -65,9 +68,11 @@ def load(name="tiny-decoder", device=None):
     where = str(shipped) if shipped.is_dir() else name
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+            pairs = AutoConfig.from_pretrained(where).is_encoder_decoder
+            auto = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+            model = auto.from_pretrained(where, dtype=torch.float32)
     except (OSError, ValueError) as error:
         ships = ", ".join(sorted(p.name for p in MODELS.iterdir() if p.is_dir()))
         raise ValueError(
@@ -96,7 +101,7 @@ def load_minilm(device=None):
         ValueError: a file has another hash, or there is none.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _quiet("huggingface_hub"):
+    with quiet("huggingface_hub"):
         folder = _minilm(MINILM_FILES)
         shape = BertConfig(**MINILM_SHAPE)
         tokenizer = BertTokenizer(
@@ -120,7 +125,7 @@ def minilm_folder():
     Raises:
         ValueError: as `load_minilm`.
     """
-    with _quiet("huggingface_hub"):
+    with quiet("huggingface_hub"):
         return _minilm([*MINILM_FILES, *MINILM_SETTINGS])
 
 
@@ -174,7 +179,7 @@ def _minilm_from_hub(names=tuple(MINILM_FILES)):
 
 
 @contextlib.contextmanager
-def _quiet(*loggers):
+def quiet(*loggers):
     """No progress bars, and nothing below an error from these loggers: notebooks would
     store it."""
     bars = logging.is_progress_bar_enabled()

@@ -16,6 +16,7 @@ it changed.
 import functools
 import hashlib
 import importlib.metadata
+import re
 import zlib
 from collections import Counter
 from xml.etree import ElementTree
@@ -105,7 +106,7 @@ def phrases():
         ValueError: the package is not installed.
     """
     found = set()
-    for chapter in ElementTree.parse(_file()).iter("chapter"):
+    for chapter in classification().iter("chapter"):
         number = int(chapter.findtext("name")) - 1
         if number >= len(CHAPTERS):
             continue
@@ -116,10 +117,45 @@ def phrases():
 
     categories = Counter(text for text, _, _ in found)
     return sorted(
-        (text, number, SPLITS[zlib.crc32(category.encode()) % len(SPLITS)])
+        (text, number, split_of(category))
         for text, number, category in found
         if categories[text] == 1 and len(text) <= LONGEST
     )
+
+
+def titles(longest, category=r"[A-Z]\d\d"):
+    """Every title that is filed under one category alone, sorted.
+
+    Args:
+        longest: characters of a title.
+        category: a pattern of those that count.
+
+    Returns:
+        A list of pairs (title, three-character category).
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    found = {}
+    for code in classification().iter("diag"):
+        title, where = code.findtext("desc"), code.findtext("name")[:3]
+        if len(title) <= longest and re.fullmatch(category, where):
+            found.setdefault(title, set()).add(where)
+    return sorted((title, *where) for title, where in found.items() if len(where) == 1)
+
+
+def split_of(category):
+    """The split that a three-character category belongs to, by its checksum."""
+    return SPLITS[zlib.crc32(category.encode()) % len(SPLITS)]
+
+
+def classification():
+    """ICD-10-CM as a tree of XML: chapters, and in them a `diag` for each entry.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    return ElementTree.parse(_file())
 
 
 def _file():

@@ -30,14 +30,10 @@ import functools
 import hashlib
 import random
 import re
-import zlib
 from collections import Counter
 from dataclasses import dataclass
-from xml.etree import ElementTree
 
-import torch
-
-from peftlab.kit import icd
+from peftlab.kit import icd, tasks
 
 LABELS = {  # of a kind, as ICD-10-CM prints it
     "first": "Code first",
@@ -135,7 +131,7 @@ def entries():
         ValueError: the package with the classification is not installed.
     """
     found = []
-    for diag in ElementTree.parse(icd._file()).iter("diag"):
+    for diag in icd.classification().iter("diag"):
         code, title = diag.findtext("name"), diag.findtext("desc")
         notes = {}
         for child in diag:  # in the order in which they are printed
@@ -146,7 +142,7 @@ def entries():
         if notes and len(title) <= LONGEST and "." not in title:
             terms = [_item(term) for term in diag.findall("inclusionTerm/note")]
             heading = ". ".join([title, *[term for term in terms if term][:1]])
-            found.append((code, heading, notes, _split(code)))
+            found.append((code, heading, notes, icd.split_of(code[:3])))
     return found
 
 
@@ -297,12 +293,9 @@ def best_span(start, end, given, longest=30):
     Returns:
         ((first, last), margin), tokens and the best span's score less that of none.
     """
-    scores = start[:, None] + end[None, :]  # (T, T): first, last
-    allowed = given[:, None] & given[None, :]
-    allowed &= torch.ones_like(scores).triu().tril(longest - 1).bool()
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    span = divmod(scores.argmax().item(), len(start))
-    return span, (scores[span] - start[0] - end[0]).item()
+    first, last = tasks.best_span(start, end, given, longest)
+    margin = start[first] + end[last] - start[0] - end[0]
+    return (first, last), margin.item()
 
 
 def threshold(found):
@@ -357,7 +350,7 @@ def titles(split, n, seed=0):
     """
     if split not in icd.SPLITS:
         raise ValueError(f"split must be train, dev or test, not {split!r}")
-    pool = [pair for pair in _titles() if _split(pair[1]) == split]
+    pool = [pair for pair in _titles() if icd.split_of(pair[1]) == split]
     if not 1 <= n <= len(pool):
         raise ValueError(f"the {split} split has 1 to {len(pool)} titles, not {n}")
     return random.Random(seed).sample(pool, n)
@@ -398,27 +391,18 @@ def categories():
     Raises:
         ValueError: the package with the classification is not installed.
     """
-    every = ElementTree.parse(icd._file()).iter("diag")
+    every = icd.classification().iter("diag")
     return frozenset(diag.findtext("name")[:3] for diag in every)
 
 
 @functools.cache
 def _words():
     """Every word of every title."""
-    every = ElementTree.parse(icd._file()).iter("diag")
+    every = icd.classification().iter("diag")
     return {word for d in every for word in re.findall(r"\w+", d.findtext("desc"))}
 
 
 @functools.cache
 def _titles():
     """(title, category) of every title that is short and in one category alone."""
-    found = {}
-    for diag in ElementTree.parse(icd._file()).iter("diag"):
-        title, category = diag.findtext("desc"), diag.findtext("name")[:3]
-        if len(title) <= SHORT and re.fullmatch(r"[A-Z]\d\d", category):
-            found.setdefault(title, set()).add(category)
-    return sorted((title, *where) for title, where in found.items() if len(where) == 1)
-
-
-def _split(code):
-    return icd.SPLITS[zlib.crc32(code[:3].encode()) % len(icd.SPLITS)]
+    return icd.titles(SHORT)

@@ -53,6 +53,7 @@ def train_tokenizer(lines, size=1024):
         ]
     )
     bpe.decoder = decoders.ByteLevel()
+
     bpe.train_from_iterator(
         lines,
         trainers.BpeTrainer(
@@ -62,9 +63,11 @@ def train_tokenizer(lines, size=1024):
             show_progress=False,
         ),
     )
+
     bpe.post_processor = processors.TemplateProcessing(
         "<s> $A", special_tokens=[("<s>", 1)]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -213,12 +216,14 @@ def marks(model, tokenizer, n=200):
         }
         for kind in ("dates", "amounts", "render")
     }
+
     table["refuse"] = {
         language: exact_match(
             model, tokenizer, data.records("refuse", language, 50, "test")
         )
         for language in data.BASE_LANGUAGES
     }
+
     table["held_back_dates"] = {
         language: exact_match(
             model, tokenizer, data.records("dates", language, n, "test")

@@ -52,6 +52,8 @@ QUESTIONS = {  # {field: its question}
 }
 # Not English: in "£10" one word piece can hold the currency and a digit.
 LANGUAGES = tuple(code for code in data.BASE_LANGUAGES if code != "en")
+# The tasks that write text, and their base; MiniLM has the others.
+WRITES = {"CAUSAL_LM": "tiny-decoder", "SEQ_2_SEQ_LM": "tiny-seq2seq"}
 IGNORED = -100  # a label that cross_entropy leaves out
 _NUMBER = re.compile(r"\d(?:.*\d)?")
 _FIELDS = {"d": "day", "M": "month", "L": "month", "y": "year"}
@@ -287,15 +289,13 @@ class Task:
 
     def load(self, seed=0):
         """The base with this task's head, whose start the seed draws, and tokenizer."""
+        if self.kind in WRITES:
+            return base_models.load(WRITES[self.kind], device="cpu")
+
         torch.manual_seed(seed)
-        if self.kind == "CAUSAL_LM":
-            return base_models.load("tiny-decoder", device="cpu")
-        if self.kind == "SEQ_2_SEQ_LM":
-            folder = base_models.MODELS / "tiny-seq2seq"
-        else:
-            folder = base_models.minilm_folder()
+        folder = base_models.minilm_folder()
         more = dict(num_labels=self.labels) if self.labels else {}
-        with base_models._quiet("transformers"):
+        with base_models.quiet("transformers"):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model = self.auto.from_pretrained(folder, dtype=torch.float32, **more)
         return model.eval(), tokenizer
@@ -303,8 +303,9 @@ class Task:
     @property
     def targets(self):
         """LoRA's layers. "all-linear" would take the head of some tasks too."""
-        writes = self.kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-        return "all-linear" if writes else ["query", "key", "value", "dense"]
+        if self.kind in WRITES:
+            return "all-linear"
+        return ["query", "key", "value", "dense"]
 
 
 def batches(examples, size, seed=0):
@@ -447,21 +448,23 @@ def _question_batch(tokenizer, asked):
     return batch
 
 
-def best_span(starts, ends, inside):
+def best_span(starts, ends, inside, longest=None):
     """The likeliest span that begins no later than it ends.
 
     Args:
         starts, ends: (tokens,), logits.
         inside: (tokens,), True where an answer may be: not in the question.
+        longest: tokens of a span at most, None for any number.
 
     Returns:
         (start, end), the indices of its first and last token.
     """
-    outside = torch.where(inside, 0.0, -torch.inf)
-    both = (starts + outside)[:, None] + (ends + outside)[None, :]
-    later = torch.ones_like(both, dtype=torch.bool).triu()
-    best = both.masked_fill(~later, -torch.inf).argmax().item()
-    return best // len(ends), best % len(ends)
+    scores = starts[:, None] + ends[None, :]  # (tokens, tokens): first, last
+    allowed = (inside[:, None] & inside[None, :]).triu()
+    if longest is not None:
+        allowed = allowed.tril(longest - 1)
+    best = scores.masked_fill(~allowed, -torch.inf).argmax().item()
+    return divmod(best, len(ends))
 
 
 def answer_spans(model, tokenizer, asked):
