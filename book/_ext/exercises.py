@@ -162,14 +162,15 @@ def slug(heading):
 
 
 def chapter_page(book, link, wrong):
-    """The Markdown of one chapter's part of the page."""
+    """The Markdown of one chapter's part of the page, folded."""
     every = exercises(book)
     text = "\n".join(source(c) for c in book["cells"] if c["cell_type"] == "markdown")
     title = re.search(r"^# +(.+)", text, re.M)
     title = title[1] if title else posixpath.basename(link)
     counts = [plural(len(every), "exercise")]
     counts += [plural(sum(e[k] for e in every), k[:-1]) for k in ("minutes", "points")]
-    lines = [f"**[{title}]({link})** · {', '.join(counts)}", ""]
+    summary = escape(f"{title} · {', '.join(counts)}")
+    lines = [f"<details><summary>{summary}</summary>", "", f"[The chapter]({link})", ""]
     names = [
         "exercise",
         "title",
@@ -201,7 +202,7 @@ def chapter_page(book, link, wrong):
             summary = escape(f"{e['id']}: {' and '.join(kinds)}")
             lines += [f"<details><summary>{summary}</summary>", "", *notes(e, own), ""]
             lines += ["</details>", ""]
-    return lines
+    return [*lines, "</details>", ""]
 
 
 class Exercises(SphinxDirective):

@@ -7,6 +7,7 @@ records of the test split drawn with a secret of this file's. Nine minutes on on
 """
 
 import torch
+from transformers import get_linear_schedule_with_warmup
 
 from experiments.common import store, sweep
 from peftlab import lora
@@ -59,10 +60,7 @@ def classifier(model, tokenizer, names, seed):
     groups = [dict(params=body, lr=s["lr"]), dict(params=head, lr=s["head_lr"])]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
-    def factor(step):
-        return min(1.0, (step + 1) / 10, (s["steps"] - step) / s["steps"])
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = get_linear_schedule_with_warmup(optimizer, 10, s["steps"])
     place = {icd.CHAPTERS.index(name): k for k, name in enumerate(names)}
     phrases = icd.diagnoses("train", 300, seed)
     pairs = [(text, place[c]) for text, c in phrases if c in place]
