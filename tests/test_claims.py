@@ -67,7 +67,7 @@ def test_the_page_has_its_rows_and_says_how_many():
     assert len({row[0] for row in rows}) == len(rows), "a claim stands twice"
     verdicts = [row[1].split("**")[1] for row in rows]
     assert set(verdicts) == VERDICTS
-    said = re.search(r"(\d+) of these (\d+) sayings depend", text)
+    said = re.search(r"(\d+) of these (\d+) sayings hold in one place", text)
     assert said.groups() == (str(verdicts.count("depends")), str(len(rows)))
 
 
