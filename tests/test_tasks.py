@@ -1,8 +1,13 @@
 """The data of six tasks: labels on the right pieces, splits apart, fair scores."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from common import assert_one_sentence
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 from peftlab.kit import base_models, data, icd, tasks
 
@@ -52,17 +57,40 @@ def test_labels_make_the_spans_again(tokenizer):
     lines = tasks.lines(300, "train")
     encoded = tokenizer([line.text for line in lines], padding=True)
     for i, line in enumerate(lines):
-        labels = tasks.word_labels(encoded[i], line.spans)
+        labels = tasks.word_labels(line.text, encoded[i], line.spans)
         words = encoded[i].word_ids
         for before, word, label in zip([None, *words], words, labels, strict=False):
             assert (label == -100) == (word is None or word == before)
-        assert tasks.spans_of(encoded[i], labels) == fields(line)
+        assert tasks.spans_of(line.text, encoded[i], labels) == fields(line)
 
 
-def test_english_is_left_out_since_a_piece_holds_two_fields(tokenizer):
+@pytest.mark.parametrize("alone", [False, True])
+def test_labels_fit_a_tokenizer_that_counts_the_space_into_the_next_word(alone):
+    text, spans = "27 juillet 1995", dict(day=(0, 2), month=(3, 10), year=(11, 15))
+    pieces = ["▁", *"juilet", "ll", "27", "1995"]
+    if not alone:
+        pieces += ["▁27", "▁ju", "▁1995"]
+    words = Tokenizer(Unigram([("<unk>", -9.0)] + [(p, -1.0) for p in pieces], 0))
+    words.pre_tokenizer = Metaspace()
+    encoding = words.encode(text)
+    assert encoding.tokens[0] == ("▁" if alone else "▁27")
+    assert (2, 3) in encoding.offsets or (2, 5) in encoding.offsets  # with the space
+    labels = tasks.word_labels(text, encoding, spans)
+    named = [tasks.LABELS[k] for k in labels if k != -100]
+    assert named == ["day", "month", "year"]
+    right = {(k, *span) for k, span in spans.items()}
+    assert tasks.spans_of(text, encoding, labels) == right
+
+
+@pytest.mark.parametrize("text, pieces", [("£10", ["£10"]), ("€10", ["€", "##10"])])
+def test_english_is_left_out_since_a_word_holds_two_fields(tokenizer, text, pieces):
     assert "en" not in tasks.LANGUAGES
-    pieces = tokenizer("£10").encodings[0]
-    assert any(b - a > 1 for a, b in pieces.offsets if a == 0)
+    encoding = tokenizer(text).encodings[0]
+    assert encoding.tokens[1:-1] == pieces
+    assert set(encoding.word_ids[1:-1]) == {0}
+    spans = dict(currency=(0, 1), amount=(1, 3))
+    labels = tasks.word_labels(text, encoding, spans)
+    assert [tasks.LABELS[k] for k in labels if k != -100] == ["currency"]
 
 
 def test_f1_counts_whole_spans_over_all_texts():
@@ -123,6 +151,29 @@ def test_the_contrastive_loss_is_lower_where_partners_are_alike():
         assert tasks.contrastive_loss(model, other) > 5
     pairs = [(t, t) for t in texts]
     assert tasks.nearest(model, tokenizer, pairs) == [0, 1, 2]
+
+
+class Elsewhere(torch.nn.Module):
+    """A model on torch's meta device, which wants its inputs there too."""
+
+    device = torch.device("meta")
+
+    def forward(self, **batch):
+        assert {t.device for t in batch.values()} == {self.device}
+        hidden = torch.zeros(*batch["input_ids"].shape, 8, device=self.device)
+        return SimpleNamespace(last_hidden_state=hidden, loss=hidden.sum())
+
+
+@pytest.mark.parametrize("kind", tasks.SIX)
+def test_a_batch_follows_the_model_to_its_device(kind, monkeypatch):
+    def same_device(logits, labels):
+        assert logits.device == labels.device
+        return logits.sum()
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", same_device)
+    task = tasks.SIX[kind]
+    batch = task.batch(task.load()[1], task.examples(36, "dev")[:4])
+    assert task.loss(Elsewhere(), batch).device == Elsewhere.device
 
 
 @pytest.mark.parametrize("kind", tasks.SIX)

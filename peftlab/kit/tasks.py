@@ -50,7 +50,7 @@ QUESTIONS = {  # {field: its question}
     "currency": "Which currency?",
     "country": "Which country?",
 }
-# Not English: in "£10" one word piece can hold the currency and a digit.
+# Not English: to a tokenizer "£10" is one word, and it holds two fields.
 LANGUAGES = tuple(code for code in data.BASE_LANGUAGES if code != "en")
 # The tasks that write text, and their base; MiniLM has the others.
 WRITES = {"CAUSAL_LM": "tiny-decoder", "SEQ_2_SEQ_LM": "tiny-seq2seq"}
@@ -169,7 +169,7 @@ def _amount(value, code, where):
     return text, {"amount": digits, "currency": (start, end)}
 
 
-def word_labels(encoding, spans, labels=LABELS):
+def word_labels(text, encoding, spans, labels=LABELS):
     """One label for each word piece of a text, for token classification.
 
     The first piece of a word gets the label of the span that it starts in, else
@@ -177,7 +177,8 @@ def word_labels(encoding, spans, labels=LABELS):
     loss on them.
 
     Args:
-        encoding: one text through a fast tokenizer, with offsets: `encodings[i]` of
+        text: a string; not one that was cut into words before.
+        encoding: the text through a fast tokenizer, with offsets: `encodings[i]` of
             what the tokenizer returned.
         spans: {label: (start, end)} in characters; other names are left out.
         labels: their names; the index is the label.
@@ -186,10 +187,11 @@ def word_labels(encoding, spans, labels=LABELS):
         A list of integers, one for each piece.
     """
     found, before = [], None
-    for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True):
+    for word, place in zip(encoding.word_ids, encoding.offsets, strict=True):
         if word is None or word == before:
             found.append(IGNORED)
         else:
+            start = _first_letter(text, *place)
             names = [k for k, (a, b) in spans.items() if a <= start < b]
             names = [k for k in names if k in labels]
             found.append(labels.index(names[0] if names else "other"))
@@ -197,11 +199,16 @@ def word_labels(encoding, spans, labels=LABELS):
     return found
 
 
-def spans_of(encoding, given, labels=LABELS):
+def _first_letter(text, start, end):
+    """Where a piece begins without the space that SentencePiece counts into it."""
+    return end - len(text[start:end].lstrip())
+
+
+def spans_of(text, encoding, given, labels=LABELS):
     """The spans that predicted labels make: neighbouring words with one label.
 
     Args:
-        encoding: as in `word_labels`.
+        text, encoding: as in `word_labels`.
         given: a label for each piece; only the first piece of a word counts.
         labels: their names.
 
@@ -221,7 +228,8 @@ def spans_of(encoding, given, labels=LABELS):
         else:
             runs.append([label, start, end])
         before = word
-    return {(labels[k], start, end) for k, start, end in runs if labels[k] != "other"}
+    runs = [run for run in runs if labels[run[0]] != "other"]
+    return {(labels[k], _first_letter(text, a, b), b) for k, a, b in runs}
 
 
 def f1(given, right):
@@ -271,7 +279,7 @@ class Task:
         steps, size: of a training run, and of a batch.
         examples: (n, split, seed) -> a list of examples.
         batch: (tokenizer, examples) -> the model's inputs, labels included.
-        loss: (model, batch) -> a scalar.
+        loss: (model, batch) -> a scalar; it moves the batch to the model's device.
         score: (model, tokenizer, examples) -> a number from 0 to 1.
     """
 
@@ -336,7 +344,7 @@ def _length(example):
 
 
 def _own_loss(model, batch):
-    return model(**batch).loss
+    return model(**batch.to(model.device)).loss
 
 
 def _in_batches(compute, examples, size=100):
@@ -380,7 +388,7 @@ def classes(model, tokenizer, pairs):
     def answer(some):
         batch = _text_batch(tokenizer, some)
         batch.pop("labels")
-        return model.eval()(**batch).logits.argmax(-1).tolist()
+        return model.eval()(**batch.to(model.device)).logits.argmax(-1).tolist()
 
     return _in_batches(answer, pairs)
 
@@ -404,7 +412,9 @@ def _macro_accuracy(model, tokenizer, pairs):
 
 def _line_batch(tokenizer, some):
     batch = tokenizer([line.text for line in some], padding=True, return_tensors="pt")
-    labels = [word_labels(batch[i], line.spans) for i, line in enumerate(some)]
+    labels = [
+        word_labels(line.text, batch[i], line.spans) for i, line in enumerate(some)
+    ]
     batch["labels"] = torch.tensor(labels)
     return batch
 
@@ -415,8 +425,8 @@ def fields(model, tokenizer, some):
     def answer(part):
         batch = _line_batch(tokenizer, part)
         batch.pop("labels")
-        given = model.eval()(**batch).logits.argmax(-1).tolist()
-        return [spans_of(batch[i], row) for i, row in enumerate(given)]
+        given = model.eval()(**batch.to(model.device)).logits.argmax(-1).tolist()
+        return [spans_of(part[i].text, batch[i], row) for i, row in enumerate(given)]
 
     return _in_batches(answer, some)
 
@@ -473,10 +483,11 @@ def answer_spans(model, tokenizer, asked):
     def answer(some):
         batch = _question_batch(tokenizer, some)
         del batch["start_positions"], batch["end_positions"]
-        out, found = model.eval()(**batch), []
+        out, found = model.eval()(**batch.to(model.device)), []
+        starts, ends = out.start_logits.cpu(), out.end_logits.cpu()
         for i in range(len(some)):
             inside = torch.tensor([part == 1 for part in batch.sequence_ids(i)])
-            a, b = best_span(out.start_logits[i], out.end_logits[i], inside)
+            a, b = best_span(starts[i], ends[i], inside)
             found.append((batch[i].offsets[a][0], batch[i].offsets[b][1]))
         return found
 
@@ -511,6 +522,7 @@ def _pair_batch(tokenizer, pairs):
 
 def embed(model, batch):
     """A vector of length 1 for each text: the mean of its tokens' vectors."""
+    batch = batch.to(model.device)
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)  # (texts, tokens, 1): no padding
     mean = (hidden * mask).sum(1) / mask.sum(1)
@@ -522,9 +534,8 @@ def embed(model, batch):
 def contrastive_loss(model, batch):
     """Each text is to pick its partner among the partners of the whole batch."""
     texts, partners = (embed(model, side) for side in batch)
-    return torch.nn.functional.cross_entropy(
-        20 * texts @ partners.T, torch.arange(len(texts))
-    )
+    right = torch.arange(len(texts), device=texts.device)
+    return torch.nn.functional.cross_entropy(20 * texts @ partners.T, right)
 
 
 def nearest(model, tokenizer, pairs):
