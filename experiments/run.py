@@ -27,8 +27,10 @@ SWEEPS = (
     "medical_questions",
     "medical_capacity",
     "base_moved",
+    "preference",
     "reward",
     "six_tasks",
+    "library_stack",
 )
 
 

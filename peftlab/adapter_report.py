@@ -162,6 +162,7 @@ class Inspection:
         names = set(os.listdir(self.folder))
         if not names:
             return self.wrong("the folder is empty")
+        self._refuse_unfinished()
 
         config = self._file(
             adapter_folder.CONFIG, f"there is no {adapter_folder.CONFIG}"
@@ -172,10 +173,21 @@ class Inspection:
         if weights:
             self._read_tensors(weights)
 
+    def _refuse_unfinished(self):
+        """A save of ours that was killed: `load` reads its files, and peft others."""
+        new = self.folder / adapter_folder.NEW
+        files = (adapter_folder.CONFIG, adapter_folder.WEIGHTS)
+        if any(os.path.lexists(new / name) for name in files):
+            self.wrong(
+                f"a save was interrupted: peft does not read {adapter_folder.NEW}/, and"
+                " `peft_files.load` does; load it so and save it again, if you trust it"
+            )
+
     def _file(self, name, missing):
-        """The path of a plain file that has bytes; None for another, which is wrong."""
-        path = self.folder / adapter_folder.NEW / name
-        path = path if os.path.exists(path) else self.folder / name
+        """The path of a plain file that has bytes; None for another, which is wrong.
+
+        It is the file that peft would load."""
+        path = self.folder / name
         if not os.path.lexists(path):
             self.wrong(missing)
         elif not os.path.isfile(path):  # to open a FIFO would be to wait for ever

@@ -123,6 +123,9 @@ def load(model, folder):
 def inspect(folder, model=None):
     """Say what an adapter's folder holds, and what is wrong with it; load nothing.
 
+    It looks at the files that peft would load: that a save of ours was interrupted, so
+    that `load` would take others, is a fault.
+
     Args:
         folder: the adapter's, written here or by peft.
         model: the plain base; then names and shapes are compared with its layers too.

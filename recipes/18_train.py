@@ -1,6 +1,7 @@
 r"""One training script: on one GPU, on several, and again after a crash.
 
-    pip install torch transformers peft accelerate bitsandbytes "wandb>=0.30"
+    pip install "transformers>=5.15" "peft>=0.20" "accelerate>=1.14"
+    pip install "bitsandbytes>=0.50" "wandb>=0.30"    # where you use them
     python 18_train.py --data records.jsonl --load-in-4bit
     python 18_train.py --data records.jsonl --load-in-4bit --resume
     accelerate launch --multi_gpu --num_processes 8 18_train.py \
@@ -8,21 +9,25 @@ r"""One training script: on one GPU, on several, and again after a crash.
 
 records.jsonl has one record a row, {"prompt": "...", "completion": "..."}. A
 step sees --batch x --accumulate x processes sequences: 16 in each of these
-lines. With --shard each process holds a part of the base model only (FSDP2;
-not in 4 bits, and its runs cannot be resumed yet). --resume goes on from the
-last whole checkpoint in --out, or starts anew where there is none.
---report-to wandb writes to OUT/wandb; with WANDB_MODE=online and a login it
-is uploaded as well.
+lines. Records longer than --max-length tokens are left out and counted, none
+is cut. With --shard each process holds a part of the base model only (FSDP2,
+from transformers 5.24; not in 4 bits, and its runs cannot be resumed yet).
+--resume goes on from the last whole checkpoint in --out, with as many
+processes as before, or starts anew where there is none. --report-to wandb
+writes to OUT/wandb; with WANDB_MODE=online and a login it is uploaded as well.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +40,8 @@ from transformers import (
 
 GPU = torch.cuda.is_available()
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # accelerate launch sets it
+RANK = int(os.environ.get("RANK", 0))  # and this
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def options():
@@ -46,12 +53,14 @@ def options():
     add("--steps", type=int, default=200)
     add("--batch", type=int, default=4, help="sequences at once, a process")
     add("--accumulate", type=int, default=4)
+    add("--max-length", type=int, default=1024, help="of a record, in tokens")
     add("--rate", type=float, default=2e-4)
     add("--optim", default="adamw_torch", help="sgd, paged_adamw_8bit, ...")
     add("--dropout", type=float, default=0.0)
     add("--save-every", type=int, default=50)
     add("--seed", type=int, default=0)
-    add("--dtype", default="bfloat16" if GPU else "float32")
+    dtypes = ["bfloat16", "float32"]  # float16 would need a loss scaler
+    add("--dtype", choices=dtypes, default=dtypes[0] if GPU else dtypes[1])
     add("--load-in-4bit", action="store_true")
     add("--resume", action="store_true")
     add("--shard", action="store_true")
@@ -68,12 +77,23 @@ def check(args):
             raise SystemExit(f"{name} is not installed: pip install {name}")
     if not Path(args.data).is_file():
         raise SystemExit(f"there is no file {args.data}: name it with --data")
+    if PROCESSES == 1 and torch.cuda.device_count() > 1:
+        raise SystemExit(
+            f"one process sees {torch.cuda.device_count()} GPUs, and Trainer"
+            " would multiply the batch by that: set CUDA_VISIBLE_DEVICES=0,"
+            " or start it with `accelerate launch`, a process for each GPU"
+        )
+    if args.shard and VERSION < (5, 24):
+        raise SystemExit(
+            "--shard needs transformers 5.24 or newer, here is"
+            f" {transformers.__version__}: pip install -U transformers"
+        )
     if args.shard and (args.load_in_4bit or args.resume or PROCESSES == 1):
         raise SystemExit(
             "--shard needs `accelerate launch` with two or more processes,"
             " and goes neither with --load-in-4bit nor with --resume"
         )
-    if not args.resume and any(Path(args.out).glob("checkpoint-*")):
+    if not args.resume and checkpoints(args.out):
         raise SystemExit(
             f"{args.out} has checkpoints: --resume goes on from them;"
             " for another run name another --out"
@@ -102,6 +122,13 @@ def log_to_wandb(folder):
 
 def load(args):
     """The base model with LoRA on all linears, and the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.eos_token is None:
+        raise SystemExit(
+            f"the tokenizer of {args.model} has no end token: set eos_token"
+            " in its tokenizer_config.json, or an answer has no end to learn"
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     settings = dict(dtype=getattr(torch, args.dtype))
     if args.load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -130,10 +157,7 @@ def load(args):
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return model, tokenizer
+    return get_peft_model(model, config), tokenizer
 
 
 def encode(tokenizer, record):
@@ -153,21 +177,41 @@ def encode(tokenizer, record):
     return {"input_ids": prompt + answer, "labels": labels}
 
 
-def read(file, tokenizer):
-    """The records of a file; a row that is none is named."""
+def parse(row):
+    """A row as a record; ValueError, TypeError or KeyError if it is none."""
+    record = json.loads(row)
+    texts = {key: record[key] for key in ("prompt", "completion")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TypeError("a prompt and a completion are texts")
+    return texts
+
+
+def read(file, tokenizer, longest):
+    """The records of a file that are not too long; a row that is none is
+    named."""
     records = []
     with open(file, encoding="utf8") as rows:
         for number, row in enumerate(rows, 1):
             try:
-                records.append(encode(tokenizer, json.loads(row)))
+                record = parse(row)
             except (ValueError, TypeError, KeyError):
                 raise SystemExit(
                     f"{file}, row {number}: a record is"
                     ' {"prompt": "...", "completion": "..."}'
                 ) from None
+            records.append(encode(tokenizer, record))
     if not records:
         raise SystemExit(f"{file} is empty")
-    return records
+    short = [r for r in records if len(r["input_ids"]) <= longest]
+    said = (
+        f"{len(records) - len(short)} of {len(records)} records are longer"
+        f" than --max-length {longest} tokens"
+    )
+    if not short:
+        raise SystemExit(f"{file}: {said}, and none is left")
+    if len(short) < len(records) and RANK == 0:
+        print(f"{said}: they are left out")
+    return short
 
 
 def held(model):
@@ -180,7 +224,7 @@ def held(model):
 def arguments(args):
     renamed = hasattr(TrainingArguments, "activation_checkpointing")  # 5.23
     checkpointing = "activation" if renamed else "gradient"
-    more = {f"{checkpointing}_checkpointing": not args.shard}
+    more = {f"{checkpointing}_checkpointing": True}
     return TrainingArguments(
         args.out,
         max_steps=args.steps,
@@ -190,7 +234,7 @@ def arguments(args):
         optim=args.optim,
         logging_steps=1,
         save_steps=args.save_every,
-        save_total_limit=2,  # the one before, should the disk spoil the last
+        save_total_limit=2,  # the one before, should the last be torn
         save_only_model=args.shard,
         bf16=args.dtype == "bfloat16",
         use_cpu=not GPU,
@@ -202,23 +246,53 @@ def arguments(args):
     )
 
 
+def checkpoints(out):
+    """{steps: folder} of what Trainer has saved, whole or not."""
+    found = {}
+    for folder in Path(out).glob("checkpoint-*"):
+        steps = folder.name.removeprefix("checkpoint-")
+        if steps.isdecimal():
+            found[int(steps)] = folder
+    return found
+
+
+def is_whole(folder):
+    """Whether all files are there and can be opened that a resume needs."""
+    rng = [f"rng_state_{k}.pth" for k in range(PROCESSES)]
+    rng = rng if PROCESSES > 1 else ["rng_state.pth"]
+    try:
+        json.loads((folder / "trainer_state.json").read_text("utf8"))
+        with safe_open(folder / "adapter_model.safetensors", "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):  # missing, or torn
+        return False
+    packed = ["optimizer.pt", "scheduler.pt", *rng]  # zip files, all of them
+    return all(zipfile.is_zipfile(folder / name) for name in packed)
+
+
 def last_whole_checkpoint(out):
-    """The one with the most steps whose last file, the state, can be read."""
-    whole = {}
-    for file in Path(out).glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole[json.loads(file.read_text("utf8"))["global_step"]] = file
-        except ValueError:  # the run was killed while it wrote this
-            continue
-    return str(whole[max(whole)].parent) if whole else None
+    """The one with the most steps; None if there is none at all.
+
+    Those that are there and cannot be used are not written over."""
+    found = checkpoints(out)
+    whole = [steps for steps in found if is_whole(found[steps])]
+    if found and not whole:
+        raise SystemExit(
+            f"no checkpoint in {out} is whole for a run of {PROCESSES}"
+            " process(es): start as many as before, or name another --out"
+        )
+    return str(found[max(whole)]) if whole else None
 
 
 def main(args):
     check(args)
-    if args.report_to == "wandb" and os.environ.get("RANK", "0") == "0":
+    start = last_whole_checkpoint(args.out) if args.resume else None
+    if args.resume and RANK == 0:
+        print(f"goes on from {start}" if start else "starts anew")
+    if args.report_to == "wandb" and RANK == 0:
         log_to_wandb(args.out)
     model, tokenizer = load(args)
-    records = read(args.data, tokenizer)
+    records = read(args.data, tokenizer, args.max_length)
     trainer = Trainer(
         model,
         arguments(args),
@@ -228,9 +302,7 @@ def main(args):
     )
     if PROCESSES > 1:
         here, base = held(model)
-        rank = os.environ["RANK"]
-        print(f"process {rank} holds {here:.2f} of {base:.2f} MB of the base")
-    start = last_whole_checkpoint(args.out) if args.resume else None
+        print(f"process {RANK} holds {here:.2f} of {base:.2f} MB of the base")
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     trainer.save_state()

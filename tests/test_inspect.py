@@ -646,12 +646,39 @@ def test_every_cut_and_many_changed_bytes_raise_nothing(saved, tmp_path):
     assert peft_files.inspect(folder).ok
 
 
-def test_a_save_that_is_moving_is_read_as_load_reads_it(saved, tmp_path):
+def test_a_save_that_was_interrupted_is_named_and_the_next_one_mends_it(
+    saved, tmp_path
+):
     folder = Path(shutil.copytree(saved["ours"], tmp_path / "adapter"))
     (folder / adapter_folder.NEW).mkdir()
     for name in (CONFIG, WEIGHTS):
         (folder / name).rename(folder / adapter_folder.NEW / name)
+    the_one(peft_files.inspect(folder), "a save was interrupted: peft does not read")
+    model = deep()
+    peft_files.load(model, folder)
+    peft_files.save(model, folder)
     assert peft_files.inspect(folder).ok
+    (folder / adapter_folder.NEW).mkdir()  # an empty one hides nothing
+    assert peft_files.inspect(folder).ok
+
+
+@pytest.mark.parametrize("beside", ["NaN", "pickle"])
+def test_clean_files_in_a_subfolder_hide_nothing_that_peft_loads(
+    beside, saved, tmp_path
+):
+    folder = Path(shutil.copytree(saved["peft"], tmp_path / "adapter"))
+    clean = folder / adapter_folder.NEW
+    clean.mkdir()
+    shutil.copy(folder / WEIGHTS, clean)
+    if beside == "NaN":
+        filled(folder, torch.nan)
+        words = "hold NaN"
+    else:
+        (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+        words = "only there as a pickle"
+    found = peft_files.inspect(folder, deep())
+    the_one(found, "a save was interrupted")
+    the_one(found, words)
 
 
 def test_the_command_prints_the_report_and_its_status_says_whether(
