@@ -7,14 +7,15 @@ question in four has no answer and is counted apart.
 
 The head alone sees the frozen encoder's output, computed once, and is trained until
 little moves: 400 steps on all questions at once. `longer` is LoRA with three passes
-over the questions in place of one, one seed; its wrong answers are counted by what
-they are.
+over the questions in place of one. Wrong answers to what is never coded together are
+counted by what they are. Intervals draw whole sentences again, all their questions
+with them: those in one sentence are right or wrong together.
 
 Beside these stand three baselines that train nothing: `rule`, a program of a few lines
 that knows the phrasings and the labels; `matched`, the same rule, given the known
 phrasing that frozen MiniLM finds nearest to the question; and `labels`, which in the
-same way finds the nearest to each label that it does not know, too. Nine minutes on one
-free core."""
+same way finds the nearest to each label that it does not know, too. Fifteen minutes on
+one free core."""
 
 import itertools
 import random
@@ -34,10 +35,13 @@ from peftlab.kit import base_models, icd_questions, measure, tasks
 from peftlab.kit.icd_questions import questions
 from peftlab.kit.results import share, where
 
-ASKED, BATCH, RATE, HEAD_RATE = 960, 8, 3e-3, 1e-2
+ASKED, BATCH, RATE, HEAD_RATE = 960, 8, 1e-3, 1e-2
 DEV, TEST = 96, 240
 SEEDS, PASSES = range(3), dict(LoRA=1, longer=3)
 WORDINGS = {"known": {}, "unseen": dict(unseen=True), "reworded": dict(reworded=True)}
+METHODS = ("rule", "matched", "labels", "head", "LoRA", "longer")
+AGAINST = [("LoRA", "head"), ("longer", "LoRA")]
+AGAINST += [(m, rule) for m in ("LoRA", "longer") for rule in ("matched", "labels")]
 LAYERS = ["query", "key", "value", "dense"]
 LABEL = r"\. ([^.:]+): "
 
@@ -182,19 +186,50 @@ def graded(asked, given):
 
 
 def mistakes(asked, given):
-    """What stands in place of what is never coded together: {mistake: how many}."""
-    labels = icd_questions.LABELS
-    found = dict.fromkeys(("asked", "wrong", "refused", "over-run", "Excludes2"), 0)
+    """What stands in place of what is never coded together: {mistake: how many}, each
+    wrong answer under one of them."""
+    others = (icd_questions.LABELS["apart"], *icd_questions.REWORDED["apart"])
+    found = dict.fromkeys(("asked", "refused", "over-run", "Excludes2", "else"), 0)
     for q, a in zip(asked, given, strict=True):
         if q.kind != "never" or not q.answer:
             continue
-        wrong = a != q.answer
         found["asked"] += 1
-        found["wrong"] += wrong
-        found["refused"] += not a
-        found["over-run"] += wrong and q.answer in a
-        found["Excludes2"] += bool(a) and f"{labels['apart']}: {a}" in q.context
+        if not a:
+            found["refused"] += 1
+        elif a != q.answer and q.answer in a:
+            found["over-run"] += 1
+        elif any(f"{label}: {a}" in q.context for label in others):
+            found["Excludes2"] += 1
+        elif a != q.answer:
+            found["else"] += 1
     return found
+
+
+def sentences(asked, wording):
+    """The words that each question hangs on: its own, or the label asked for (that of
+    the entry's first note, where none is asked for or there is none)."""
+    if wording != "reworded":
+        return [q.question for q in asked]
+    ends = [q.start if q.start > 0 else None for q in asked]
+    labels = [
+        re.findall(LABEL, q.context[:e]) for q, e in zip(asked, ends, strict=True)
+    ]
+    pairs = zip(labels, ends, strict=True)
+    return [found[-1] if end else found[0] for found, end in pairs]
+
+
+def clustered(gains, clusters, draws=2000):
+    """The mean of `gains`, and its 95% interval, with whole clusters drawn again."""
+    groups = {}
+    for gain, cluster in zip(gains, clusters, strict=True):
+        groups.setdefault(cluster, []).append(gain)
+    groups, rng, means = list(groups.values()), random.Random(0), []
+    for _ in range(draws):
+        drawn = [x for some in rng.choices(groups, k=len(groups)) for x in some]
+        means.append(sum(drawn) / len(drawn))
+    means.sort()
+    cut = draws // 40
+    return sum(gains) / len(gains), means[cut], means[-1 - cut]
 
 
 def apart(found):
@@ -235,15 +270,20 @@ def one(job):
         found = reader.read(asked)
         given = [found[q][0] if found[q][1] > run["threshold"] else "" for q in asked]
         run[name] = graded(asked, given)
-        if method == "longer" and name in WORDINGS:
-            run[name] |= dict(never=mistakes(asked, given), apart=apart(found))
+        run[name] |= dict(never=mistakes(asked, given), apart=apart(found))
     part = reader.model if method in PASSES else reader.model.qa_outputs
     run["trained"] = measure.parameters(part)[0]
     return run
 
 
+def by_question(runs, method, name):
+    """The share of seeds that are right, for each question."""
+    bits = [run[name]["bits"] for run in where(runs, method=method)]
+    return [share("".join(column)) for column in zip(*bits, strict=True)]
+
+
 def derive(runs):
-    """Means over the seeds; LoRA less the head alone, with a t interval."""
+    """Means over the seeds; gains of one method over another, drawn by sentence."""
     asked = questions("test", TEST)
     parts = {
         "all": [True] * TEST,
@@ -253,7 +293,7 @@ def derive(runs):
     for kind in icd_questions.KINDS:
         parts[kind] = [q.kind == kind and bool(q.answer) for q in asked]
     figures, shares = {}, {}
-    for method in ("rule", "matched", "labels", "head", "LoRA", "longer"):
+    for method in METHODS:
         mine = where(runs, method=method)
         for name in WORDINGS:
             for part, chosen in parts.items():
@@ -265,26 +305,40 @@ def derive(runs):
                 figures[f"{method}.{name}.{part}"] = sum(found) / len(found)
             f1 = [run[name]["f1"] for run in mine]
             figures[f"{method}.{name}.f1"] = sum(f1) / len(f1)
-    for name in WORDINGS:
-        pair = shares["LoRA", name, "all"], shares["head", name, "all"]
-        for key, value in zip(
-            ("gain", "low", "high"), measure.paired_interval(*pair), strict=True
-        ):
-            figures[f"{name}.{key}"] = value
-        figures[f"{name}.least"], figures[f"{name}.most"] = min(pair[0]), max(pair[0])
-    longer = where(runs, method="longer")[0]
-    for name in WORDINGS:
-        figures[f"longer.{name}.margins"] = longer[name]["apart"]
-        for mistake, n in longer[name]["never"].items():
-            figures[f"longer.{name}.never.{mistake}"] = n
+    for name, wording in WORDINGS.items():
+        words = sentences(questions("test", TEST, **wording), name)
+        each = {method: by_question(runs, method, name) for method in METHODS}
+        for a, b in AGAINST:
+            gains = [x - y for x, y in zip(each[a], each[b], strict=True)]
+            found = clustered(gains, words)
+            for key, value in zip(("gain", "low", "high"), found, strict=True):
+                figures[f"{a}.{name}.over.{b}.{key}"] = value
+        for method in ("LoRA", "longer"):
+            seeds = shares[method, name, "all"]
+            figures[f"{method}.{name}.least"] = min(seeds)
+            figures[f"{method}.{name}.most"] = max(seeds)
+            mine = where(runs, method=method)
+            margins = [run[name]["apart"] for run in mine]
+            figures[f"{method}.{name}.margins"] = sum(margins) / len(margins)
+            for mistake in mine[0][name]["never"]:
+                n = sum(run[name]["never"][mistake] for run in mine)
+                figures[f"{method}.{name}.never.{mistake}"] = n
+            groups = {}
+            for right, word in zip(each[method], words, strict=True):
+                groups.setdefault(word, []).append(right)
+            said = sorted(sum(some) / len(some) for some in groups.values())
+            figures[f"{method}.{name}.sentences"] = len(said)
+            figures[f"{method}.{name}.sentences.least"] = said[0]
+            figures[f"{method}.{name}.sentences.most"] = said[-1]
+            half = sum(x < 0.5 for x in said)
+            figures[f"{method}.{name}.sentences.below"] = half
     figures["trained"] = where(runs, method="LoRA")[0]["trained"]
     return {key: dict(value=float(v), tolerance=0) for key, v in figures.items()}
 
 
 def main():
     jobs = [("rule", 0), ("matched", 0), ("labels", 0)]
-    jobs += [(method, seed) for seed in SEEDS for method in ("LoRA", "head")]
-    jobs += [("longer", 0)]
+    jobs += [(method, seed) for seed in SEEDS for method in ("LoRA", "head", "longer")]
     runs = sweep(one, jobs, "medical questions")
     figures = derive(runs)
     setting = dict(asked=ASKED, batch=BATCH, rate=RATE, head_rate=HEAD_RATE)

@@ -69,10 +69,15 @@ def sample(model, tokenizer, lines, k):
     texts = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     right = [r.answer for r in lines for _ in range(k)]
     reward = [float(t.strip(" ") == a) for t, a in zip(texts, right, strict=True)]
-    mask = tokens != tokenizer.pad_token_id
-    labels = tokens.masked_fill(~mask, -100)
+    # An answer goes up to its first end token, whatever token pads it.
+    ends = tokens[:, start:] == tokenizer.eos_token_id
+    mask = ends.cumsum(1) - ends.long() == 0
+    asked = prompts["attention_mask"].repeat_interleave(k, 0)
+    labels = tokens.clone()
     labels[:, :start] = -100
-    batch = dict(input_ids=tokens, attention_mask=mask.long(), labels=labels)
+    labels[:, start:][~mask] = -100
+    attention = torch.cat([asked, mask.long()], 1)
+    batch = dict(input_ids=tokens, attention_mask=attention, labels=labels)
     return batch, torch.tensor(reward).view(-1, k)
 
 
@@ -173,6 +178,7 @@ def derive(runs, best, start):
     """Means over the seeds, the range, and paired differences with a t interval."""
     figures = {
         "start": share(start["test"]),
+        "start.sampled": share(start["test"][:100]),
         "start.base": share(start["base"]),
         "start.entropy": start["entropy"],
         **{f"start.pass.{k}": pass_at(start["hits"], k) for k in (1, 4, 16)},
@@ -187,6 +193,9 @@ def derive(runs, best, start):
             f"{method}.high": max(tests),
             f"{method}.gain": min(tests) - figures["start"],
         }
+        # greedy, on the dates of which pass@k takes samples
+        first = [share(r["test"][:100]) for r in mine]
+        figures[f"{method}.sampled"] = sum(first) / len(first)
         for key in ("entropy", "size"):
             figures[f"{method}.{key}"] = sum(r[key] for r in mine) / len(mine)
         kept = [share(r["base"]) for r in mine]

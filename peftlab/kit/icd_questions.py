@@ -15,14 +15,19 @@ mouth, unspecified (R68.2).`
 
 By the official guidelines Excludes1 means NOT CODED HERE: the two are never coded
 together, except where they are unrelated. Excludes2 means not included here: a patient
-who has both may have both coded. Right is what stands under the label that is asked
-for, in the entry as it is shortened here: one item of a note, and none of the notes
-that an entry inherits from its chapter or category.
+who has both may have both coded.
 
-A quarter of the questions ask for a note that the entry has not got: the right answer
-is none, "". There are phrasings to train on and others, kept apart, to test with; and a
-test can have the labels of the notes reworded. An entry belongs to train, dev or test
-by the checksum of its three-character category, as in `icd`: no category is trained and
+Right is what stands under the label that is asked for, in the entry as it is shortened
+here, to one item of a note. An item under a heading is quoted with it ("osteomyelitis
+due to: echinococcus" is *osteomyelitis due to echinococcus*) or not at all, and none is
+quoted that holds on a condition ("if applicable"): without it, it would say too much.
+
+A quarter of the questions ask for a note that there is not, neither in the entry nor in
+what it inherits from: its category, block and chapter. The right answer is none, "".
+
+There are phrasings to train on and others, kept apart, to test with; and a test can
+have the labels of the notes reworded. An entry belongs to train, dev or test by the
+checksum of its three-character category, as in `icd`: no category is trained and
 tested. One note can stand in several ("underlying disease" in many). ICD-10-CM is the
 US modification of the WHO's ICD-10, published for all to use by CDC and CMS."""
 
@@ -41,15 +46,20 @@ LABELS = {  # of a kind, as ICD-10-CM prints it
     "apart": "Excludes2",
     "also": "Use additional code",
 }
-REWORDED = {  # the same in words that no training record has
-    "first": "Sequence ahead of it",
-    "never": "Do not combine with",
-    "apart": "Classified elsewhere",
-    "also": "Report besides",
+REWORDED = {  # the same in words that no training record has, drawn for each note
+    "first": ("Sequence ahead of it", "List before this", "Precede with"),
+    "never": ("Do not combine with", "Incompatible with", "Not together with"),
+    "apart": (
+        "Separate condition, both allowed",
+        "Not meant, may be listed beside it",
+        "Distinct, may coexist",
+    ),
+    "also": ("Report besides", "Supplement with", "Add detail"),
 }
 KINDS = ("code", *LABELS)
 TAGS = dict(first="codeFirst", never="excludes1", apart="excludes2")
 TAGS |= dict(also="useAdditionalCode")
+MORE = dict.fromkeys(TAGS) | dict(also="codeAlso")  # it would be an answer, too
 KNOWN = {  # phrasings of a question that are trained on
     "code": (
         "Which code is this?",
@@ -70,9 +80,9 @@ KNOWN = {  # phrasings of a question that are trained on
         "Which condition is never coded at the same time?",
     ),
     "apart": (
-        "What is not included here?",
-        "What is not part of this condition?",
         "What does Excludes2 name?",
+        "Which condition is not included, yet may be coded beside it?",
+        "What is not part of this, but may be coded together with it?",
         "What is not included, but may be coded as well?",
     ),
     "also": (
@@ -86,22 +96,42 @@ UNSEEN = {  # and those that are not
     "code": (
         "Under which number is this diagnosis filed?",
         "What do I look up to find this entry?",
+        "Which letters and digits stand for this diagnosis?",
+        "What is the identifier of this entry?",
+        "How does the classification number this?",
+        "Where in the classification is this listed?",
     ),
     "first": (
         "What has to precede this one?",
         "Which disease is to be listed ahead of this?",
+        "What goes on the claim before this diagnosis?",
+        "Which diagnosis leads, with this one after it?",
+        "What takes the top place, above this diagnosis?",
+        "After which condition is this one listed?",
     ),
     "never": (
         "With what can this not be combined?",
         "Which diagnosis cannot stand beside this one?",
+        "Which diagnosis is incompatible with this?",
+        "What may not appear on the same claim as this?",
+        "Together with which condition is this forbidden?",
+        "What would contradict this diagnosis?",
     ),
     "apart": (
         "What belongs elsewhere, though a patient may have both?",
-        "Which condition does this entry leave out?",
+        "Which separate condition may a patient have as well?",
+        "What does this not cover, though both may be recorded?",
+        "Which condition lies outside this one but can be listed with it?",
+        "What has an entry of its own and is allowed next to this one?",
+        "Which different condition may be recorded at the same time?",
     ),
     "also": (
         "What further detail is wanted?",
         "What is to be reported besides?",
+        "Which supplement does this diagnosis need?",
+        "What should accompany this diagnosis to complete it?",
+        "What has to be recorded on top of this?",
+        "What more must the record say?",
     ),
 }
 LONGEST = 60  # characters of a title or an item
@@ -109,6 +139,8 @@ SHORT = 24  # characters of a title that is asked for without its entry
 MOST = 3  # notes of an entry
 REFUSALS = 4  # one question in four has no answer
 CODE = r"\([A-Z]\d\w(\.\w+)?-?\)"
+CONDITION = r"\b(if|when|unless)\b"
+OPEN = r"\b(in|of|to|by|with|associated|identify|specify|complicating|involving)"
 
 
 @dataclass(frozen=True)
@@ -124,35 +156,67 @@ class Question:
 
 @functools.cache
 def entries():
-    """Every entry with a note: (code, heading, {kind: item}, split), in the
+    """Every entry with a note: (code, heading, {kind: item}, absent, split), in the
     classification's order. The heading is the title, and a term that it includes.
+    `absent` are the kinds of note that neither the entry has nor what it stands under,
+    not even one that is not quoted here.
 
     Raises:
         ValueError: the package with the classification is not installed.
     """
     found = []
-    for diag in icd.classification().iter("diag"):
+    for diag, tags in _with_tags(icd.classification().getroot(), frozenset()):
         code, title = diag.findtext("name"), diag.findtext("desc")
         notes = {}
         for child in diag:  # in the order in which they are printed
             for kind, tag in TAGS.items():
-                items = [i for i in map(_item, child.findall("note")) if i]
-                if child.tag == tag and items and len(notes) < MOST:
+                items = _items(child) if child.tag == tag else []
+                if items and len(notes) < MOST:
                     notes.setdefault(kind, items[0])
         if notes and len(title) <= LONGEST and "." not in title:
-            terms = [_item(term) for term in diag.findall("inclusionTerm/note")]
-            heading = ". ".join([title, *[term for term in terms if term][:1]])
-            found.append((code, heading, notes, icd.split_of(code[:3])))
+            terms = _items(diag.findall("inclusionTerm/note"))
+            heading = ". ".join([title, *terms[:1]])
+            absent = tuple(kind for kind in TAGS if not tags & {TAGS[kind], MORE[kind]})
+            found.append((code, heading, notes, absent, icd.split_of(code[:3])))
     return found
 
 
-def _item(note):
-    """A note's text, as far as one can quote it: no heading, no list of codes."""
-    text = re.sub(r"^(code(\(s\))? |, if applicable,? )", "", note.text or "").strip()
-    text = re.sub(r"(, if (known|applicable))?,? such as:$", "", text)
+def _with_tags(element, above):
+    """Every `diag` below an element, with the tags of its notes and of those above."""
+    tags = above | {child.tag for child in element}
+    if element.tag == "diag":
+        yield element, tags
+    for child in element:
+        if child.tag in ("chapter", "section", "diag"):
+            yield from _with_tags(child, tags)
+
+
+def _items(notes):
+    """The items of one printed note that one can quote: no list of codes in them, no
+    condition, and what stands under a heading only together with it."""
+    found, heading = [], ""
+    for note in notes:
+        text = (note.text or "").strip()
+        if re.search(CONDITION, text):
+            break  # it may hold for what follows, too
+        text = re.sub(r"^codes?(\(s\))? ", "", text)
+        examples = re.fullmatch(r"(.*?),? such as ?:", text)
+        if examples:
+            found.append(examples[1])
+            break
+        if text.endswith(":"):
+            if heading or not re.search(OPEN + "$", text[:-1]):
+                break
+            heading = text[:-1] + " "
+        else:
+            found.append(heading + text)
+    return [text for text in found if _quotable(text)]
+
+
+def _quotable(text):
     bare = re.sub(CODE, "", text).strip()
-    whole = not re.search(r"[.:;()\[\]]|such as|if applicable", bare)
-    return text if whole and 4 < len(bare) and len(text) <= LONGEST else None
+    whole = not re.search(r"[.:;()\[\]]|such as|^or ", bare)
+    return whole and 4 < len(bare) and len(text) <= LONGEST and text[0] != "("
 
 
 def context(code, heading, notes, labels=LABELS):
@@ -161,7 +225,7 @@ def context(code, heading, notes, labels=LABELS):
     Args:
         code, heading: of the entry.
         notes: {kind: item}.
-        labels: {kind: label}, `LABELS` or `REWORDED`.
+        labels: {kind: label}.
 
     Returns:
         A string.
@@ -176,8 +240,9 @@ def context(code, heading, notes, labels=LABELS):
 def questions(split, n, seed=0, unseen=False, reworded=False):
     """Questions of one split, one in four without an answer, shuffled.
 
-    Those with an answer are spread evenly over the kinds, as far as there are entries.
-    The entries that are asked about are the same whatever the wording is.
+    Those with an answer are spread evenly over the kinds, as far as there are entries,
+    and so are those without. The entries that are asked about are the same whatever the
+    wording is.
 
     Args:
         split: "train", "dev" or "test".
@@ -207,40 +272,46 @@ def questions(split, n, seed=0, unseen=False, reworded=False):
         return len(ask[2]) == 1, rank("draw", ask[0], ask[3])
 
     pool = sorted(_pool(split), key=order)
-    drawn = _spread([ask for ask in pool if ask[3] in ask[2] or ask[3] == "code"], n)
-    none = [ask for ask in pool if ask[3] not in ask[2] and ask[3] != "code"]
-    drawn += none[: n - len(drawn)]
+    drawn = _spread([ask for ask in pool if ask[4]], n - n // REFUSALS)
+    drawn += _spread([ask for ask in pool if not ask[4]], n - len(drawn))
     if len(drawn) < n:
         raise ValueError(f"the {split} split has only {len(drawn)} questions, not {n}")
     drawn.sort(key=lambda ask: rank("shuffle", ask[0], ask[3]))
-    labels, asked = REWORDED if reworded else LABELS, UNSEEN if unseen else KNOWN
-    return [
-        _question(*ask, labels, asked[ask[3]], rank("words", ask[0], ask[3])[0])
-        for ask in drawn
-    ]
+
+    def one_of(texts, *what):
+        return texts[rank(*what)[0] % len(texts)]
+
+    asked, found = UNSEEN if unseen else KNOWN, []
+    for code, heading, notes, kind, _ in drawn:
+        labels = LABELS
+        if reworded:
+            labels = {k: one_of(REWORDED[k], "label", code, k) for k in LABELS}
+        phrase = one_of(asked[kind], "words", code, kind)
+        found.append(_question(code, heading, notes, kind, labels, phrase))
+    return found
 
 
 def _pool(split):
-    """(code, heading, notes, kind): everything that could be asked."""
+    """(code, heading, notes, kind, whether there is an answer): all one could ask."""
     return [
-        (code, heading, notes, kind)
-        for code, heading, notes, where in entries()
+        (code, heading, notes, kind, kind not in absent)
+        for code, heading, notes, absent, where in entries()
         if where == split
-        for kind in KINDS
+        for kind in ("code", *notes, *absent)
     ]
 
 
 def _spread(pool, n):
-    """The first of every kind in turn, until three quarters of n are there."""
+    """The first of every kind in turn, until there are n."""
     place, each = Counter(), []
     for ask in pool:
         each.append((place[ask[3]], KINDS.index(ask[3]), ask))
         place[ask[3]] += 1
     each.sort(key=lambda row: row[:2])
-    return [ask for _, _, ask in each[: n - n // REFUSALS]]
+    return [ask for _, _, ask in each[:n]]
 
 
-def _question(code, heading, notes, kind, labels, phrasings, draw):
+def _question(code, heading, notes, kind, labels, phrase):
     text = context(code, heading, notes, labels)
     if kind == "code":
         answer, start = code, 0
@@ -250,7 +321,7 @@ def _question(code, heading, notes, kind, labels, phrasings, draw):
         answer = re.sub(rf" {CODE}$", "", notes[kind])
     else:
         answer, start = "", -1
-    return Question(kind, phrasings[draw % len(phrasings)], text, answer, start)
+    return Question(kind, phrase, text, answer, start)
 
 
 def rule(question, note):
