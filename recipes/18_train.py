@@ -260,6 +260,8 @@ def is_whole(folder):
     """Whether all files are there and can be opened that a resume needs."""
     rng = [f"rng_state_{k}.pth" for k in range(PROCESSES)]
     rng = rng if PROCESSES > 1 else ["rng_state.pth"]
+    if (folder / f"rng_state_{PROCESSES}.pth").exists():
+        return False  # there were more processes
     try:
         json.loads((folder / "trainer_state.json").read_text("utf8"))
         with safe_open(folder / "adapter_model.safetensors", "pt"):

@@ -170,6 +170,9 @@ def test_other_numbers_of_processes_do_not_write_over_a_run(
         last(tmp_path / "two")
     monkeypatch.setitem(last.__globals__, "PROCESSES", 2)
     assert last(tmp_path / "two") == str(tmp_path / "two" / "checkpoint-10")
+    written(tmp_path / "three", 10, processes=3)
+    with pytest.raises(SystemExit, match="of 2 process"):
+        last(tmp_path / "three")
     (tmp_path / "two" / "checkpoint-10" / "rng_state_1.pth").unlink()
     with pytest.raises(SystemExit, match="of 2 process"):
         last(tmp_path / "two")
