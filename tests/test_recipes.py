@@ -4,9 +4,12 @@ A stand-in is a folder as a hub's model lies in it: the real architecture, small
 weights, tiny-decoder's tokenizer with a chat template. One more is tiny-decoder
 itself. What these runs score says nothing of a real model."""
 
+import argparse
 import ast
 import contextlib
+import copy
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -15,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -27,13 +31,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from peftlab import nf4
+from peftlab import nf4, peft_files
 from peftlab.kit import base_models, data
 
 ROOT = Path(__file__).parents[1]
@@ -775,9 +780,9 @@ CHATS = """{% for m in messages %}{% if m.role == "user" %}{{ bos_token + m.cont
 {%- if add_generation_prompt %}{{ " =" }}{% endif %}"""
 
 
-def look_at_chats(folder, rows, template=CHATS, length=64):
+def look_at_chats(folder, rows, template=CHATS, length=64, tokenizer=None):
     """What 16_check_data.py prints of rows, with tiny-decoder's tokenizer."""
-    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    tokenizer = tokenizer or base_models.load("tiny-decoder", device="cpu")[1]
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder / "words")
     file = folder / "chats.jsonl"
@@ -825,6 +830,15 @@ BAD_CHATS = {  # what is wrong: (how it is made so, what is said)
         "no chat, but something else",
     ),
     "an empty answer": (dict(row=dict(prompt="a", answer=" ")), "a turn without text"),
+    "a turn without a role": (
+        dict(row=dict(messages=[dict(content="a")] * 2)),
+        "a turn without a role",
+    ),
+    "turns that are no list": (dict(row=dict(messages=5)), "no chat, but something"),
+    "a template that refuses it": (
+        dict(template="{{ raise_exception('no system') }}" + CHATS),
+        "the template refuses it: no system",
+    ),
     "no answer": (
         dict(row=dict(messages=[dict(role="user", content="a")] * 2)),
         "the last turn is not the assistant's",
@@ -845,6 +859,40 @@ def test_a_bad_chat_is_named_and_stops_the_run(name, tmp_path):
         look_at_chats(tmp_path, rows, **settings)
 
 
+def test_a_line_separator_in_a_text_ends_no_row(tmp_path):
+    row = json.dumps(dict(prompt="a\u2028b", answer="c"), ensure_ascii=False)
+    assert look_at_chats(tmp_path, [*some_chats(), row], length=96).count("4 chats")
+
+
+def test_an_end_that_the_generation_config_names_is_one(tmp_path):
+    """As Gemma's: its turns end otherwise than its tokenizer's texts."""
+    template = CHATS.replace("eos_token", "'|'")
+    with pytest.raises(SystemExit, match="no end token"):
+        look_at_chats(tmp_path, some_chats(), template, length=96)
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("|")]
+    GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path / "words")
+    out = look_at_chats(tmp_path, some_chats(), template, length=96)
+    assert out.endswith("nothing wrong was found\n")
+
+
+# what ends a turn, where it is not the tokenizer's own end
+ENDS = {"gemma": "<end_of_turn>", "gemma3": "<end_of_turn>", "phi3": "<|end|>"}
+ENDS |= dict.fromkeys(("qwen2_5", "qwen3"), "<|im_end|>")
+ENDS |= {"llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "gptoss": "<|return|>"}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_templates_of_well_known_models_are_let_through(name, tmp_path):
+    """trl ships them; the tokenizer here is tiny-decoder's, with that end added."""
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    template = (folder / f"{name}.jinja").read_text("utf8")
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    tokenizer.add_special_tokens({"eos_token": ENDS[name]})
+    out = look_at_chats(tmp_path, some_chats(), template, 4096, tokenizer)
+    assert out.endswith("nothing wrong was found\n")
+
+
 def test_an_empty_file_of_chats_is_no_good_one(tmp_path):
     with pytest.raises(SystemExit, match="the file is empty"):
         look_at_chats(tmp_path, [])
@@ -863,11 +911,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def to_ship(stand_in, tmp_path):
     """A copy of the trained adapter, and what ships it with four records."""
     out = shutil.copytree(stand_in / "first", tmp_path / "shipped")
-    rows = (stand_in / "records.jsonl").read_text().splitlines()[:4]
-    (tmp_path / "held-out.jsonl").write_text("\n".join(rows))
-    common = (*quick(stand_in, out), "--data", tmp_path / "held-out.jsonl")
+    rows = (stand_in / "records.jsonl").read_text().splitlines()
+    (tmp_path / "held-out.jsonl").write_text("\n".join(rows[:4]))
+    (tmp_path / "records.jsonl").write_text("\n".join(rows[4:]))
+    files = ("--held-out", tmp_path / "held-out.jsonl")
+    files += ("--data", tmp_path / "records.jsonl")
     names = ("--base-name", "some-lab/base", "--licence", "mit")
-    return out, (*common, *names, "--base-licence", "llama3.1")
+    names += ("--base-licence", "apache-2.0")
+    return out, (*quick(stand_in, out), *files, *names)
 
 
 def test_an_adapter_is_shipped_with_a_card_of_what_was_measured(trained, tmp_path):
@@ -889,7 +940,14 @@ def test_an_adapter_is_shipped_with_a_card_of_what_was_measured(trained, tmp_pat
         assert card.text.count(digest) == 1
     assert all(f"| {score} |" in card.text for score in scores)
     assert "| 4 held-out records |" in card.text and COMMIT in card.text
-    assert "base llama3.1, data\nunknown" in card.text
+    assert "base apache-2.0, data\nunknown" in card.text
+    assert "a folder, whose commit was not checked" in card.text
+    trained = hashlib.sha256((tmp_path / "records.jsonl").read_bytes()).hexdigest()
+    for row in ("records | 36", "learning rate | 0.01", "epochs | 3.0"):
+        assert f"| {row} |" in card.text
+    assert trained in card.text and "steps |" not in card.text
+    assert "nobody said it: steps, seed" in said
+    assert "needed" not in card.text.lower()
 
     said = run(folder, "22_ship.py", "--out", out, "--verify")
     assert "both files are those" in said
@@ -940,6 +998,27 @@ NOT_SHIPPED = {  # the revision, what is done to the folder, what is said
 }
 
 
+def told(out, **settings):
+    """The adapter's config with other settings."""
+    file = out / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+OTHER = COMMIT[::-1]
+NOT_SHIPPED |= {
+    "another commit in the config": (
+        COMMIT,
+        lambda out: told(out, revision=OTHER),
+        f"names the commit {OTHER}",
+    ),
+    "another base in the config": (
+        COMMIT,
+        lambda out: told(out, base_model_name_or_path="some-lab/other"),
+        "names the base some-lab/other",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", NOT_SHIPPED)
 def test_what_is_not_fit_to_ship_is_refused(trained, tmp_path, name):
     folder, _ = trained
@@ -950,6 +1029,77 @@ def test_what_is_not_fit_to_ship_is_refused(trained, tmp_path, name):
     with pytest.raises(SystemExit, match=said):
         run(folder, "22_ship.py", *common, "--revision", revision)
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+FILES = {  # the options of the call that are changed, and what is said
+    "no held-out file": ({"--held-out": ""}, "give a file as --held-out"),
+    "no training file": ({"--data": ""}, "give a file as --data"),
+    "none there": ({"--held-out": "none.jsonl"}, "none.jsonl cannot be read"),
+    "the training file": (
+        {"--data": "held-out.jsonl"},
+        "4 of the 4 held-out prompts are in",
+    ),
+    "a folder without a name": ({"--base-name": ""}, "give its hub name"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_records_that_were_trained_on_are_not_held_out(trained, tmp_path, name):
+    folder, _ = trained
+    out, common = to_ship(folder, tmp_path)
+    changed, said = FILES[name]
+    words = list(map(str, common))
+    for option, value in changed.items():
+        value = value and "-name" not in option and tmp_path / value or value
+        words[words.index(option) + 1] = str(value)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match=said):
+        run(folder, "22_ship.py", *words, "--revision", COMMIT)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_what_is_known_of_the_training_comes_from_the_trainers_file(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        recipe = runpy.run_path(str(RECIPES / "22_ship.py"))
+    (tmp_path / "records.jsonl").write_text("{}")
+    logs = [dict(learning_rate=1e-4), dict(learning_rate=2e-4), dict(eval_loss=1)]
+    state = dict(global_step=70, num_train_epochs=2, log_history=logs)
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    args = dict(out=tmp_path, data=tmp_path / "records.jsonl", seed=0)
+    args = argparse.Namespace(**args, epochs=None, steps=None, rate=None)
+    found = recipe["training"](args, dict(peft_version="0.21.2"), 1)
+    del found["file's SHA-256"]
+    known = dict(records=1, epochs=2, steps=70, seed=0)
+    assert found == known | {"learning rate": 2e-4, "saved by peft": "0.21.2"}
+
+
+def test_a_base_is_known_by_its_folder_in_the_hubs_cache(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        about = runpy.run_path(str(RECIPES / "22_ship.py"))["about_the_base"]
+    for commit in (COMMIT, OTHER):
+        (tmp_path / commit).mkdir()
+    names = dict(base_name="some-lab/base", revision=COMMIT)
+    args = argparse.Namespace(model=str(tmp_path / COMMIT), **names)
+    assert "in the hub's cache. The adapter was saved without" in about(args, {})
+    assert about(args, dict(revision=COMMIT)).endswith("cache.")
+    args.model = str(tmp_path / OTHER)
+    with pytest.raises(SystemExit, match="cache of another commit"):
+        about(args, {})
+    args = argparse.Namespace(model="some-lab/base", base_name=None, revision=COMMIT)
+    assert "the hub's files at this commit" in about(args, dict(revision=COMMIT))
+
+
+def test_a_card_that_cannot_be_written_leaves_no_draft(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        write = runpy.run_path(str(RECIPES / "22_ship.py"))["write"]
+    path = tmp_path / "README.md"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write(path, "new \ud800")
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_long_prompt_loses_its_middle_and_a_long_answer_is_left_out(stand_in):
@@ -976,7 +1126,9 @@ def test_questions_on_icd_are_answered_and_refusals_are_counted_apart(stand_in):
     common = ("--model", "model", "--out", "medical", *few, *sizes)
     out = run(stand_in, "20_medical.py", *common)
     assert_it_learned(out)
-    assert "40 records, 0 answers too long" in out
+    assert "40 records, 0 too long" in out
+    loose = re.findall(r"^    (\d+) answers were no quotation", out, re.M)
+    assert len(loose) == 2 and all(int(n) <= 8 for n in loose)
     pattern = r"^(adapter|base): ([\d.]+) answered, ([\d.]+) refused right$"
     rows = re.findall(pattern, out, re.M)
     assert [name for name, *_ in rows] == ["adapter", "base"]
@@ -998,9 +1150,33 @@ def test_a_right_answer_and_a_right_refusal_are_told_apart(monkeypatch):
         monkeypatch.setattr(llm, "answer", lambda model, tokenizer, args: answer(args))
         return recipe["score"](None, None, asked, args)
 
-    assert scored(lambda args: right[args.prompt]) == [1, 1]
-    assert scored(lambda args: "not stated") == [0, 1]
-    assert scored(lambda args: "A00") == [0, 0]
+    assert scored(lambda args: right[args.prompt]) == (1, 1, 0)
+    assert scored(lambda args: "not stated") == (0, 1, 0)
+    assert scored(lambda args: args.prompt[:2]) == (0, 0, 0), "of the entry, wrong"
+    assert scored(lambda args: "Q99.Z") == (0, 1, 40), "no quotation: refused"
+    assert scored(lambda args: "") == (0, 1, 40)
+
+
+def test_a_question_that_is_too_long_is_named_and_left_out(
+    stand_in, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(RECIPES)
+    recipe = runpy.run_path(str(RECIPES / "20_medical.py"))
+    tokenizer = AutoTokenizer.from_pretrained(stand_in / "model")
+    asked = recipe["icd_questions"].questions("train", 8)
+    recipe["write"](tmp_path / "rows.jsonl", asked)
+    lengths = [
+        len(r["labels"])
+        for r in recipe["read"](tmp_path / "rows.jsonl", tokenizer, 999)
+    ]
+    short = min(lengths)
+    few = recipe["read"](tmp_path / "rows.jsonl", tokenizer, short)
+    out = capsys.readouterr().out
+    assert {len(r["labels"]) for r in few} == {short}
+    assert out.count("left out, ") == 8 - lengths.count(short)
+    assert f"{len(few)} records, {8 - len(few)} too long" in out
+    with pytest.raises(SystemExit, match="no record has 5 tokens or fewer"):
+        recipe["read"](tmp_path / "rows.jsonl", tokenizer, 5)
 
 
 # ---- 21_dpo.py
@@ -1019,38 +1195,106 @@ def preferred(stand_in):
     return stand_in, run(stand_in, "21_dpo.py", *quick(stand_in, "preferred"))
 
 
-def test_dpo_raises_the_chosen_answers_and_lowers_the_rejected(preferred):
+def held_out_rewards(out):
+    """{"chosen", "rejected", "margins": (before, after)} that the recipe prints."""
+    found = re.findall(r"^rewards/(\w+): (\S+) -> (\S+)", out, re.M)
+    return {which: tuple(map(float, pair)) for which, *pair in found}
+
+
+def test_dpo_raises_the_chosen_answers_above_the_rejected(preferred):
     folder, out = preferred
-    assert "40 pairs" in out
-    moved = {}
-    for which, *pair in re.findall(r"^logps/(\w+): (\S+) -> (\S+)", out, re.M):
-        start, end = map(float, pair)
-        moved[which] = end - start
-    assert moved["chosen"] > max(1, moved["rejected"]), out
+    assert "40 pairs, 0 too long" in out and "2 held-out pairs" in out
+    rewards = held_out_rewards(out)
+    assert {start for start, _ in rewards.values()} == {0.0}
+    assert rewards["chosen"][1] > max(0.1, rewards["rejected"][1]), out
+    assert rewards["margins"][1] > 0
+    assert re.search(r"^answers that end: [01]\.\d\d -> [01]\.\d\d$", out, re.M), out
     assert answer_of(out, "with the adapter") != answer_of(out, "without it")
     files = {path.name for path in (folder / "preferred").rglob("*.safetensors")}
     assert files == {"adapter_model.safetensors"}, "the frozen copy is not saved"
+    saved = load_file(folder / "preferred" / "adapter_model.safetensors").values()
+    assert {w.dtype for w in saved} == {torch.float32}, "trained as trl rounded them"
 
 
 def test_dpo_goes_on_from_an_adapter_that_is_its_own_reference(preferred, tmp_path):
     folder, _ = preferred
     more = ("--adapter", "preferred", "--answers", 0)
     out = run(folder, "21_dpo.py", *quick(folder, tmp_path / "again"), *more)
-    start, end = re.search(r"^loss: (\S+) -> (\S+)", out, re.M).groups()
-    assert start == "0.693", f"the reference is not where training begins: {out}"
-    assert float(end) < float(start)
+    rewards = held_out_rewards(out)
+    starts = {start for start, _ in rewards.values()}
+    assert starts == {0.0}, f"the reference is not where training begins: {out}"
+    assert rewards["margins"][1] > 0
 
 
-def test_a_pairs_prompt_is_the_one_that_the_model_is_asked(preferred):
+@pytest.fixture(scope="module")
+def dpo():
+    """The recipe's names."""
     pytest.importorskip("trl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        return runpy.run_path(str(RECIPES / "21_dpo.py"))
+
+
+def test_a_pairs_prompt_is_the_one_that_the_model_is_asked(preferred, dpo):
     folder, _ = preferred
-    recipe = runpy.run_path(str(RECIPES / "21_dpo.py"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    row = recipe["read"](folder / "pairs.jsonl", tokenizer)[0]
-    first = json.loads((folder / "pairs.jsonl").read_text().splitlines()[0])
-    asked = recipe["qlora_llm"].chat(tokenizer, first["prompt"])
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    asked = [dpo["qlora_llm"].chat(tokenizer, json.loads(x)["prompt"]) for x in lines]
     asked = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    assert tokenizer(row["prompt"])["input_ids"] == asked, "the first token once"
+    rows = dpo["read"](folder / "pairs.jsonl", tokenizer, 96)
+    found = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    assert sorted(found) == sorted(asked), "the first token once"
+
+
+def test_a_step_that_bfloat16_would_lose_is_made(preferred, dpo, monkeypatch):
+    """trl rounds A and B of a packed model; in the recipe they stay as they were."""
+    folder, _ = preferred
+    monkeypatch.chdir(folder)
+    model, tokenizer = dpo["qlora_llm"].load("model")
+    model = PeftModel.from_pretrained(model, "preferred", is_trainable=True)
+    weights = {n: p.detach().clone() for n, p in dpo["trained"](model).items()}
+    rows = dpo["read"]("pairs.jsonl", tokenizer, 96)
+    common = ["--length", "96", "--rate", "2e-5", "--out", "x"]
+    options = dpo["qlora_llm"].options()
+    options.set_defaults(beta=0.1, answers=1.0)
+    trainer = dpo["DPOTrainer"](
+        model,
+        args=dpo["settings"](options.parse_args(common)),
+        train_dataset=dpo["Dataset"].from_list(rows),
+        processing_class=tokenizer,
+    )
+    there = dict(trainer.model.named_parameters())
+    rounded = [there[name].dtype == torch.bfloat16 for name in weights]
+    assert all(rounded), "trl no longer rounds: the recipe and the page may say less"
+    dpo["restore"](trainer.model, weights)
+    copies = 0
+    for name, before in weights.items():
+        reference = there[name.replace(".default.", ".ref.")]
+        for parameter in (there[name], reference):
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, before)
+        copies += there[name].data_ptr() != reference.data_ptr()
+    assert copies == len(weights), "the reference must not be trained along"
+    moved = torch.cat([(w - 2e-5 != w).flatten() for w in weights.values()])
+    assert moved.all(), "in float32 no step of this size is lost"
+
+
+def test_a_pair_that_trl_would_cut_is_left_out_and_named(preferred, tmp_path, dpo):
+    folder, _ = preferred
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    short = dict(prompt="1", chosen="1", rejected="2")
+    long = short | dict(rejected="2" * 300)
+    rows = [short, long, short]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        found = dpo["read"](path, tokenizer, 96)
+    assert len(found) == 2 and "2 pairs, 1 too long: lines [2]" in out.getvalue()
+    exact = dpo["tokens"](tokenizer, found[0])
+    assert len(dpo["read"](path, tokenizer, exact)) == 2
+    with pytest.raises(SystemExit, match="need two pairs"):
+        dpo["read"](path, tokenizer, exact - 1)
 
 
 def test_a_pair_of_equal_answers_is_refused(preferred, tmp_path):
@@ -1058,7 +1302,7 @@ def test_a_pair_of_equal_answers_is_refused(preferred, tmp_path):
     same = json.dumps(dict(prompt="x", chosen="y", rejected="y"))
     (tmp_path / "same.jsonl").write_text(same)
     common = (*quick(folder, tmp_path / "no"), "--pairs", tmp_path / "same.jsonl")
-    with pytest.raises(SystemExit, match="1 pairs prefer an answer to itself"):
+    with pytest.raises(SystemExit, match="line 1 prefers an answer to itself"):
         run(folder, "21_dpo.py", *common)
     assert not (tmp_path / "no").exists()
 
@@ -1088,12 +1332,17 @@ def test_every_recipe_is_shown_and_short_in_width():
 # ---- 19_serve.py: many adapters in one batch
 
 
+def recipe_19():
+    """The names of the recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        return runpy.run_path(str(RECIPES / "19_serve.py"))
+
+
 @pytest.fixture(scope="module")
 def serving(two):
     """The recipe's names, and the stand-in in 32 bits with both adapters in slots."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPES)
-        recipe = runpy.run_path(str(RECIPES / "19_serve.py"))
+    recipe = recipe_19()
     server = recipe["Server"](load(two).eval(), r=16, size=3)
     for name in ("first", "another"):
         recipe["put"](server, name, recipe["read"](two / name, server.model))
@@ -1146,12 +1395,11 @@ def test_requests_from_a_file_are_answered_over_a_base_in_4_bits(two, tmp_path):
 
 SERVED_WRONGLY = {  # a setting changed in another/, the request's name, what is said
     "an unknown name": ({}, "nobody", "no adapter is named 'nobody'"),
-    "DoRA": (dict(use_dora=True), "first", "another is no plain LoRA: use_dora"),
-    "another method": (dict(peft_type="LOHA"), "first", "no plain LoRA: peft_type"),
+    "DoRA": (dict(use_dora=True), "first", "another is no plain LoRA: use_dora is T"),
     "no name of a base": (
         dict(base_model_name_or_path=None),
         "first",
-        "another is for the base None, this is model",
+        r"another is for the base \(none\), this is model",
     ),
     "another base": (
         dict(base_model_name_or_path="elsewhere/other"),
@@ -1177,6 +1425,188 @@ def test_what_cannot_be_served_is_refused(two, name, tmp_path):
         config.write_text(before)
 
 
+def test_a_request_without_a_prompt_is_named(two, tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "x"}\n\n{"promt": "x"}\n')
+    common = (*quick(two, "unused"), "--adapters", "first", "another")
+    with pytest.raises(SystemExit, match="request 2 has no prompt"):
+        run(two, "19_serve.py", *common, "--requests", file)
+
+
+def copied(folder, target, *lost, **settings):
+    """A copy of an adapter's folder with other settings and without some tensors."""
+    shutil.copytree(folder, target)
+    config = target / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    tensors = load_file(target / "adapter_model.safetensors")
+    kept = {n: t.clone() for n, t in tensors.items() if not n.endswith(lost or "-")}
+    save_file(kept, target / "adapter_model.safetensors")
+    return target
+
+
+MORE_THAN_A_AND_B = {  # what a row's answer would hang on besides
+    "peft_type": "LOHA",
+    "use_dora": True,
+    "alora_invocation_tokens": [7, 8],
+    "init_lora_weights": "pissa",
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 4},
+    "bias": "all",
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1],
+    "layer_replication": [[0, 2], [1, 2]],
+    "layers_to_transform": 0,
+    "a_setting_of_tomorrow": 1,
+}
+
+
+@pytest.mark.parametrize("setting", MORE_THAN_A_AND_B)
+def test_what_is_more_than_a_plain_lora_is_refused(two, serving, setting, tmp_path):
+    recipe, server = serving
+    value = MORE_THAN_A_AND_B[setting]
+    folder = copied(two / "first", tmp_path / "odd", **{setting: value})
+    with pytest.raises(ValueError, match=f"no plain LoRA: {setting} is"):
+        recipe["read"](folder, server.model)
+
+
+@pytest.mark.parametrize("start", ("olora", "corda", "loftq", "pissa_niter_4"))
+def test_a_start_that_changes_the_base_is_refused(two, serving, start, tmp_path):
+    recipe, server = serving
+    folder = copied(two / "first", tmp_path / "odd", init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights is '{start}'"):
+        recipe["read"](folder, server.model)
+
+
+def test_the_rule_is_that_of_the_door_to_adapter_files(serving):
+    recipe, _ = serving
+    known = f"{peft_files.HARMLESS['']} {peft_files.HARMLESS['LORA']}".split()
+    acted_on = {*peft_files.DEFAULTS["LORA"]}
+    refused = {"bias", "use_dora", "modules_to_save"}  # what peft_files can do, too
+    assert {*recipe["KNOWN"]} == {*known} | acted_on - refused
+    assert recipe["STARTS"] == peft_files.KEEP_THE_BASE
+
+
+def test_a_pissa_is_served_once_it_is_converted(two, tmp_path):
+    recipe = recipe_19()
+    base = load(two).eval()
+    ids = torch.arange(5, 45).reshape(2, 20)
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj"])
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    tuned.peft_config["default"].init_lora_weights = True
+    tuned.save_pretrained(tmp_path / "start")
+    tuned.peft_config["default"].init_lora_weights = "pissa"
+    for name, p in tuned.named_parameters():
+        if "lora_" in name:
+            p.data += 0.1 * torch.randn(p.shape)
+    tuned.save_pretrained(tmp_path / "as-it-is")
+    start = str(tmp_path / "start")
+    tuned.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=start
+    )
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'"):
+        recipe["read"](tmp_path / "as-it-is", base)
+    server = recipe["Server"](base)
+    recipe["put"](server, "x", recipe["read"](tmp_path / "converted", base))
+    with torch.no_grad(), server.using(["x", None]) as model:
+        mixed = model(input_ids=ids).logits
+    with torch.no_grad():
+        assert (mixed - tuned(input_ids=ids).logits)[0].abs().max() < 1e-4
+        assert (mixed - tuned(input_ids=ids).logits)[1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("side", "AB")
+def test_a_file_that_has_lost_a_tensor_is_refused(two, serving, side, tmp_path):
+    recipe, server = serving
+    lost = f"layers.1.self_attn.q_proj.lora_{side}.weight"
+    folder = copied(two / "first", tmp_path / "torn", lost)
+    with pytest.raises(ValueError, match=r"q_proj\.lora_.\.weight is not of a pair"):
+        recipe["read"](folder, server.model)
+
+
+def test_a_rank_that_is_not_the_files_is_refused(two, serving, tmp_path):
+    recipe, server = serving
+    folder = copied(two / "first", tmp_path / "odd", r=5)
+    with pytest.raises(ValueError, match="is not of a pair of rank 5"):
+        recipe["read"](folder, server.model)
+    folder = copied(two / "first", tmp_path / "none", ".weight")
+    with pytest.raises(ValueError, match="holds no tensor"):
+        recipe["read"](folder, server.model)
+
+
+ONE_BASE = {  # a file's name of its base, the model's, and whether they may be one
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"): True,
+    ("meta-llama/Llama-3.1-8B", "somebody-else/Llama-3.1-8B"): False,
+    ("meta-llama/Llama-3.1-8B", "/models/Llama-3.1-8B"): True,
+    ("../models/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"): True,
+    ("openai-community/gpt2", "gpt2"): True,
+    ("../models/Llama-3.1-8B", "/models/Llama-3.2-1B"): False,
+    (None, "gpt2"): False,
+}
+
+
+@pytest.mark.parametrize(("its", "ours"), ONE_BASE)
+def test_the_base_is_compared_by_its_name(serving, its, ours):
+    recipe, _ = serving
+    config = dict(peft_type="LORA", base_model_name_or_path=its)
+    if ONE_BASE[its, ours]:
+        recipe["check"]("x", config, ours)
+    else:
+        with pytest.raises(ValueError, match="is for the base"):
+            recipe["check"]("x", config, ours)
+
+
+def test_nothing_of_a_customer_is_left_to_the_next_in_its_slot(two):
+    recipe = recipe_19()
+    base = load(two).eval()
+    every = recipe["read"](two / "first", base)
+    few = {path: (A[:3], B[:, :3]) for path, (A, B) in [*every.items()][:2]}
+    ids = torch.arange(5, 45).reshape(2, 20)
+    answers = []
+    for before in ([], [every]):
+        server = recipe["Server"](copy.deepcopy(base), r=16, size=1)
+        for factors in before:
+            recipe["put"](server, "former", factors)
+            with pytest.raises(ValueError, match="no slot is free: remove"):
+                recipe["put"](server, "next", few)
+            recipe["remove"](server, "former")
+            with pytest.raises(ValueError, match="named 'former'"):
+                recipe["remove"](server, "former")
+        recipe["put"](server, "next", few)
+        with torch.no_grad(), server.using(["next", None]) as model:
+            answers.append(model(input_ids=ids).logits)
+        plain = base(input_ids=ids).logits.detach()
+        assert torch.equal(answers[-1][1], plain[1])
+        assert (answers[-1] - plain)[0].abs().max() > 1e-3, "the next one is served"
+    assert torch.equal(*answers), "the former customer's layers are still active"
+    with pytest.raises(ValueError, match="no adapter is named None"):
+        recipe["remove"](server, None)
+
+
+def test_a_server_answers_one_batch_at_a_time(serving):
+    _, server = serving
+    ids = torch.arange(5, 45).reshape(2, 20)
+    errors = []
+
+    def second():
+        try:
+            with server.using(["another"] * 2):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with torch.no_grad(), server.using(["first", None]) as model:
+        before = model(input_ids=ids).logits
+        second()
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert torch.equal(model(input_ids=ids).logits, before), "the outer goes on"
+    assert len(errors) == 2 and "one at a time" in errors[0]
+    with torch.no_grad(), server.using(["first", None]) as model:
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
 def test_what_does_not_fit_a_server_changes_nothing(two, serving):
     recipe, server = serving
     factors = recipe["read"](two / "first", server.model)
@@ -1186,6 +1616,7 @@ def test_what_does_not_fit_a_server_changes_nothing(two, serving):
         "rank 17": ("wide", {path: (torch.ones(17, A.shape[1]), B[:, :1])}),
         "does not fit: lm_head.x": ("lost", {"lm_head.x": (A, B)}),
         f"does not fit: {re.escape(path)}": ("thin", {path: (A[:, 1:], B)}),
+        f"not fit: {re.escape(path)}, rank 2": ("odd", {path: (A[:2], B[:, :1])}),
     }
     before = {n: (s.A.clone(), s.B.clone()) for n, s in server.layers.items()}
     for said, (name, new) in wrong.items():
@@ -1203,11 +1634,12 @@ def test_what_does_not_fit_a_server_changes_nothing(two, serving):
 
 def test_the_page_builds_the_server_of_the_file():
     page = nbformat.read(ROOT / "notebooks" / "19_many_adapters.ipynb", 4)
-    cells = {cell.source for cell in page.cells if cell.cell_type == "code"}
+    cells = "\n\n\n".join(c.source for c in page.cells if c.cell_type == "code")
     text = (RECIPES / "19_serve.py").read_text("utf8")
     for node in ast.parse(text).body:
-        if getattr(node, "name", None) in ("Slots", "Server", "read", "put"):
-            assert ast.get_source_segment(text, node) in cells, node.name
+        name = getattr(node, "name", None)
+        if name in ("Slots", "Server", "check", "read", "fits", "put", "remove"):
+            assert ast.get_source_segment(text, node) in cells, name
 
 
 # ---- 18_train.py: the library stack
@@ -1251,7 +1683,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(pairs, tmp_path, bits):
 def test_resume_without_a_checkpoint_starts_anew(pairs, tmp_path):
     common = (*STACK, "--steps", 2, "--out", tmp_path / "new", "--resume")
     out = run(pairs, "18_train.py", *common)
-    assert out.count("'loss'") == 2
+    assert out.count("'loss'") == 2 and "starts anew" in out
 
 
 STACKED_WRONGLY = {  # arguments, what is said
