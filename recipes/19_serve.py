@@ -182,7 +182,7 @@ def answer(server, tokenizer, texts, names, tokens):
 
 def requests_of(file):
     """A file's requests, one a row, each with a prompt."""
-    rows = Path(file).read_text("utf8").splitlines()
+    rows = Path(file).read_text("utf8").split("\n")
     requests = [json.loads(row) for row in rows if row.strip()]
     for k, request in enumerate(requests, 1):
         if not isinstance(request, dict) or "prompt" not in request:

@@ -84,7 +84,7 @@ def about_the_base(args, config):
 def records(file):
     """The rows of a file, {"prompt": ..., "answer": ...} in each."""
     try:
-        rows = Path(file).read_text("utf8").splitlines()
+        rows = Path(file).read_text("utf8").split("\n")
         return [json.loads(row) for row in rows if row.strip()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{file} cannot be read: {error}") from None
