@@ -3,11 +3,11 @@
     python 16_check_data.py --model Qwen/Qwen2.5-7B-Instruct --data chats.jsonl
 
 One chat a row, {"messages": [{"role": "...", "content": "..."}, ...]}, or
-{"prompt": "...", "answer": "..."}. The last answer is looked at; a trainer
-with assistant_only_loss learns the earlier ones, too. Of the model only the
-tokenizer and the generation config are loaded. Nothing is changed; it ends
-with an error where anything was found, so it can stand before a training
-command.
+{"prompt": "...", "completion": "..."} ("answer" will do). The last answer is
+looked at; a trainer with assistant_only_loss learns the earlier ones, too. Of
+the model only the tokenizer and the generation config are loaded. Nothing is
+changed; it ends with an error where anything was found, so it can stand
+before a training command.
 """
 
 import argparse
@@ -24,7 +24,8 @@ def chat_of(row):
     """The messages of a row; a ValueError says why there are none."""
     chat = row.get("messages") if isinstance(row, dict) else row
     if chat is None:
-        pair = {"user": row.get("prompt"), "assistant": row.get("answer")}
+        answer = row.get("completion", row.get("answer"))
+        pair = {"user": row.get("prompt"), "assistant": answer}
         chat = [{"role": r, "content": text} for r, text in pair.items()]
     if not isinstance(chat, list):
         raise ValueError("no chat, but something else")

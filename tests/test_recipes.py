@@ -859,6 +859,13 @@ def test_a_bad_chat_is_named_and_stops_the_run(name, tmp_path):
         look_at_chats(tmp_path, rows, **settings)
 
 
+def test_a_completion_is_an_answer_too(tmp_path):
+    rows = [dict(prompt="a", completion="b"), dict(prompt="a", answer="c")]
+    assert "2 chats" in look_at_chats(tmp_path, rows)
+    with pytest.raises(SystemExit, match="a turn without text"):
+        look_at_chats(tmp_path, [*rows, dict(prompt="a", answr="b")])
+
+
 def test_a_line_separator_in_a_text_ends_no_row(tmp_path):
     row = json.dumps(dict(prompt="a\u2028b", answer="c"), ensure_ascii=False)
     assert look_at_chats(tmp_path, [*some_chats(), row], length=96).count("4 chats")
