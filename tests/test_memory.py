@@ -125,15 +125,16 @@ STEPS = [
     (LLAVA, dict(method="full", seq=32, batch=2)),
     (LLAVA, dict(method="lora", seq=32, batch=2, dtype="float32", r=64)),
     (MAMBA, dict(method="full", seq=64, batch=2)),
-    # an 8-bit base, what peft prepares, and inference, which fills its cache
+    # an 8-bit base, what peft prepares, and inference, which fills its cache; in
+    # float32, for a CPU without bfloat16 instructions copies weights of 16 bits
     (llama(), dict(method="lora8bit", seq=192, batch=4)),
     (llama(vocab=9000), dict(method="lora8bit", seq=128, batch=2, checkpointing=True)),
     (WIDE, dict(method="lora8bit", seq=200, batch=2, kbit_prepared=True)),
     (gpt2(0.0), dict(method="qlora", seq=64, batch=2, kbit_prepared=True)),
     (llama(), dict(method="inference", seq=256, batch=4, dtype="float32")),
     (llama(vocab=9000), dict(method="inference", seq=128, batch=1, dtype="float32")),
-    (BERT, dict(method="inference", seq=120, batch=8)),
-    (T5, dict(method="inference", seq=128, batch=2)),
+    (BERT, dict(method="inference", seq=120, batch=8, dtype="float32")),
+    (T5, dict(method="inference", seq=128, batch=2, dtype="float32")),
 ]
 # Labels of their kind: of several classes, and of one.
 SEVERAL = dict(problem_type="multi_label_classification", num_labels=3)
