@@ -22,7 +22,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 def chat_of(row):
     """The messages of a row; a ValueError says why there are none."""
-    chat = row.get("messages") if isinstance(row, dict) else row
+    if not isinstance(row, dict):
+        raise ValueError("no chat, but something else")
+    chat = row.get("messages")
     if chat is None:
         answer = row.get("completion", row.get("answer"))
         pair = {"user": row.get("prompt"), "assistant": answer}
@@ -32,9 +34,10 @@ def chat_of(row):
     if not all(isinstance(turn, dict) and "role" in turn for turn in chat):
         raise ValueError("a turn without a role")
     for turn in chat:
-        text = turn.get("content")
-        said = isinstance(text, str) and text.strip()
-        if not said and not turn.get("tool_calls"):
+        text = turn.get("content") or ""
+        if not isinstance(text, str):
+            raise ValueError("a turn that is not text")
+        if not text.strip() and not turn.get("tool_calls"):
             raise ValueError("a turn without text")
     if len(chat) < 2 or chat[-1]["role"] != "assistant":
         raise ValueError("the last turn is not the assistant's")
@@ -78,6 +81,8 @@ def end_tokens(model, tokenizer):
 
 
 def main(args):
+    if not Path(args.data).is_file():
+        raise SystemExit(f"there is no file {args.data}: name it with --data")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.chat_template is None:
         raise SystemExit(f"the tokenizer of {args.model} has no chat template")

@@ -81,13 +81,19 @@ def about_the_base(args, config):
     return words
 
 
-def records(file):
-    """The rows of a file, {"prompt": ..., "answer": ...} in each."""
+def records(file, keys):
+    """The rows of a file, objects with a text under each of the keys."""
     try:
         rows = Path(file).read_text("utf8").split("\n")
-        return [json.loads(row) for row in rows if row.strip()]
+        found = [json.loads(row) for row in rows if row.strip()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{file} cannot be read: {error}") from None
+    for number, row in enumerate(found, 1):
+        texts = row if isinstance(row, dict) else {}
+        for key in keys:
+            if not isinstance(texts.get(key), str):
+                raise SystemExit(f"{file}: record {number} has no {key}")
+    return found
 
 
 def held_out(args):
@@ -95,7 +101,8 @@ def held_out(args):
     for name in ("data", "held_out"):
         if not getattr(args, name):
             raise SystemExit(f"give a file as --{name.replace('_', '-')}")
-    rows, trained = records(args.held_out), records(args.data)
+    rows = records(args.held_out, ("prompt", "answer"))
+    trained = records(args.data, ("prompt",))
     seen = {record["prompt"].strip() for record in trained}
     both = sum(record["prompt"].strip() in seen for record in rows)
     if both or not rows:

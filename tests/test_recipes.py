@@ -834,6 +834,12 @@ BAD_CHATS = {  # what is wrong: (how it is made so, what is said)
         dict(row=dict(messages=[dict(content="a")] * 2)),
         "a turn without a role",
     ),
+    "nothing": (dict(row="null"), "no chat, but something else"),
+    "a list of turns": (dict(row=[dict(role="user", content="a")]), "no chat, but"),
+    "a turn of parts": (
+        dict(row=dict(messages=[dict(role="user", content=[dict(text="a")])] * 2)),
+        "a turn that is not text",
+    ),
     "turns that are no list": (dict(row=dict(messages=5)), "no chat, but something"),
     "a template that refuses it": (
         dict(template="{{ raise_exception('no system') }}" + CHATS),
@@ -903,6 +909,11 @@ def test_the_templates_of_well_known_models_are_let_through(name, tmp_path):
 def test_an_empty_file_of_chats_is_no_good_one(tmp_path):
     with pytest.raises(SystemExit, match="the file is empty"):
         look_at_chats(tmp_path, [])
+
+
+def test_a_file_of_chats_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="there is no file nowhere.jsonl"):
+        run(tmp_path, "16_check_data.py", "--data", "nowhere.jsonl")
 
 
 def test_a_tokenizer_without_a_template_is_named(tmp_path):
@@ -1047,13 +1058,17 @@ FILES = {  # the options of the call that are changed, and what is said
         "4 of the 4 held-out prompts are in",
     ),
     "a folder without a name": ({"--base-name": ""}, "give its hub name"),
+    "a row without an answer": ({"--held-out": "odd.jsonl"}, "record 2 has no answer"),
+    "a row that is no object": ({"--data": "odd.jsonl"}, "record 3 has no prompt"),
 }
+ODD = '{"prompt": "a", "answer": "b"}\n\n{"prompt": "c"}\n[]\n'
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_records_that_were_trained_on_are_not_held_out(trained, tmp_path, name):
     folder, _ = trained
     out, common = to_ship(folder, tmp_path)
+    (tmp_path / "odd.jsonl").write_text(ODD)
     changed, said = FILES[name]
     words = list(map(str, common))
     for option, value in changed.items():
