@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import io
@@ -904,6 +905,53 @@ def test_the_templates_of_well_known_models_are_let_through(name, tmp_path):
     tokenizer.add_special_tokens({"eos_token": ENDS[name]})
     out = look_at_chats(tmp_path, some_chats(), template, 4096, tokenizer)
     assert out.endswith("nothing wrong was found\n")
+
+
+def check_batch_of_the_page():
+    page = nbformat.read(ROOT / "notebooks" / "16_data.ipynb", 4)
+    names = {"torch": torch}
+    for cell in page.cells:
+        if cell.cell_type == "code" and cell.source.startswith(
+            ("def sequences(", "def check_batch(")
+        ):
+            exec(cell.source, names)
+    return names["check_batch"]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_pages_check_lets_them_through_and_sees_what_is_wrong(name):
+    check = check_batch_of_the_page()
+    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    _, tokenizer = base_models.load("tiny-decoder", device="cpu")
+    tokenizer.chat_template = (folder / f"{name}.jinja").read_text("utf8")
+    end = tokenizer.add_special_tokens({"additional_special_tokens": [ENDS[name]]})
+    assert end == 1
+    end = tokenizer.convert_tokens_to_ids(ENDS[name])
+    chat = some_chats()[1]["messages"]
+    render = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+    ids = render(chat)
+    start = len(render(chat[:1], add_generation_prompt=True))
+    ids = torch.tensor([ids + ids])
+    half = ids.shape[1] // 2
+    labels = ids.clone()
+    labels[0, :start] = labels[0, half : half + start] = -100
+    places = torch.arange(half).repeat(1, 2)
+    good = dict(input_ids=ids, labels=labels, position_ids=places)
+    ends = [end, tokenizer.eos_token_id]  # as a generation config names them
+    check(good, tokenizer, ends=ends)
+    with pytest.raises(ValueError, match="no end to learn"):
+        check(good, tokenizer, ends=[tokenizer.bos_token_id])
+    whole = labels.clone()
+    whole[0, half + 1 :] = ids[0, half + 1 :]  # the second chat's prompt, too
+    with pytest.raises(ValueError, match="a loss on the prompt"):
+        check(good | dict(labels=whole), tokenizer, ends=ends)
+    none = labels.clone()
+    none[0, half:] = -100
+    with pytest.raises(ValueError, match="no label"):
+        check(good | dict(labels=none), tokenizer, ends=ends)
+    mask = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="chats see each other"):
+        check(good | dict(attention_mask=mask), tokenizer, ends=ends)
 
 
 def test_an_empty_file_of_chats_is_no_good_one(tmp_path):
