@@ -69,6 +69,8 @@ def test_the_page_has_its_rows_and_says_how_many():
     assert set(verdicts) == VERDICTS
     said = re.search(r"(\d+) of these (\d+) sayings hold in one place", text)
     assert said.groups() == (str(verdicts.count("depends")), str(len(rows)))
+    said = re.search(r"(\d+) are true wherever", text)
+    assert said[1] == str(verdicts.count("true"))
 
 
 def test_the_figures_are_those_stored():
