@@ -185,6 +185,28 @@ def test_peak_memory_sees_what_was_released():
     assert 4_000_000 <= peak < 4_100_000
 
 
+def test_held_memory_sees_what_is_still_there_and_where_it_hides():
+    class Hides(torch.autograd.Function):  # not in autograd's hands
+        @staticmethod
+        def forward(ctx, x):
+            ctx.hidden = torch.zeros(1_000_000)  # 4 MB
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    x, alive = torch.zeros(10, requires_grad=True), []
+
+    def work():
+        torch.zeros(2_000_000)  # gone at once
+        alive.append(Hides.apply(x))
+
+    assert 4_000_000 <= measure.held_memory(work) < 4_100_000
+    alive.clear()
+    assert measure.held_memory(lambda: x + 1) < 1_000
+
+
 def test_step_times_takes_turns():
     order = []
     times = measure.step_times(

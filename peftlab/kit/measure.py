@@ -3,6 +3,7 @@ memory."""
 
 import contextlib
 import copy
+import itertools
 import os
 import platform
 import statistics
@@ -158,6 +159,23 @@ def peak_memory(work):
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return max(_levels(work))
+
+
+def held_memory(work):
+    """Bytes that `work()` has allocated and that are still there when it has ended.
+
+    After a forward pass whose loss is still there: all that waits for the backward, in
+    autograd's hands or in anybody's. Measured as in `peak_memory`."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.memory_allocated() - before
+    return _levels(work)[-1]
+
+
+def _levels(work):
+    """Bytes allocated since the start, after each allocation and release of the CPU."""
     from torch.profiler import ProfilerActivity, profile
 
     run = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -172,11 +190,7 @@ def peak_memory(work):
     memory = sorted(
         (e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"
     )
-    level = peak = 0
-    for _, change in memory:
-        level += change
-        peak = max(peak, level)
-    return peak
+    return [0, *itertools.accumulate(change for _, change in memory)]
 
 
 @contextlib.contextmanager
