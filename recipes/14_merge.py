@@ -23,17 +23,22 @@ import qlora_llm
 
 WAYS = ("unpacked", "checkpoint", "packed")
 PLAIN = (".lora_A.weight", ".lora_B.weight")
+OTHERS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+OTHERS += ("fan_in_fan_out",)
+MOVED = ("pissa", "corda", "olora", "lora_ga", "loftq")  # change the base
 
 
 def read(folder):
     """{layer: its change dW} of a plain LoRA, and the base's name."""
     config = PeftConfig.from_pretrained(folder)
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
-    others = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    others = [name for name in others if getattr(config, name, None)]
+    others = [name for name in OTHERS if getattr(config, name, None)]
     others += [name for name in tensors if not name.endswith(PLAIN)]
     if others:
         raise SystemExit(f"only plain LoRA is merged here, not {others[0]}")
+    start = str(config.init_lora_weights)
+    if start.startswith(MOVED):
+        raise SystemExit(f"{start} trained beside a base of its own: not here")
 
     s = config.lora_alpha / config.r ** (0.5 if config.use_rslora else 1)
     changes = {}

@@ -713,6 +713,28 @@ def test_a_small_change_is_not_merged_into_4_bits(trained, tmp_path):
         merge_of(folder, large, "unpacked", tmp_path / "large")
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            dict(init_lora_weights="loftq", loftq_config=dict(loftq_bits=4)),
+            "loftq trained beside a base of its own",
+        ),
+        (dict(init_lora_weights="pissa_niter_4"), "beside a base of its own"),
+        (dict(fan_in_fan_out=True), "only plain LoRA is merged here, not fan_in"),
+        (dict(use_dora=True), "only plain LoRA is merged here, not use_dora"),
+    ],
+)
+def test_an_adapter_that_is_more_than_B_A_is_not_merged(trained, change, said):
+    folder, _ = trained
+    other = folder / scaled_copy(folder, 1, "other")
+    config = json.loads((other / "adapter_config.json").read_text()) | change
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=said):
+        merge_of(folder, "other", "checkpoint", folder / "never")
+    assert not (folder / "never").exists()
+
+
 @pytest.fixture
 def fit(monkeypatch):
     monkeypatch.syspath_prepend(RECIPES)
