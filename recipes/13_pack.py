@@ -33,6 +33,19 @@ def errors(plain, packed):
     return sums
 
 
+def scales(packed):
+    """Their bytes, which get_memory_footprint() leaves out."""
+    total = 0
+    for layer in packed.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            held = [state.absmax]
+            if state.nested:  # double quantization
+                held += [state.state2.absmax, state.offset]
+            total += sum(tensor.nbytes for tensor in held)
+    return total
+
+
 def main(args):
     plain = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.bfloat16
@@ -41,8 +54,9 @@ def main(args):
     for kind, (lost, squares, count) in errors(plain, packed).items():
         error = (lost / squares) ** 0.5
         print(f"{kind}: error {error:.4f}, {count:,} weights")
-    sizes = [m.get_memory_footprint() / 1e6 for m in (plain, packed)]
-    print(f"MB: {sizes[0]:.1f} -> {sizes[1]:.1f}")
+    sizes = [m.get_memory_footprint() for m in (plain, packed)]
+    sizes[1] += scales(packed)
+    print(f"MB: {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f}")
     del plain
 
     packed.save_pretrained(args.out)
