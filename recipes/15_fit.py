@@ -45,8 +45,18 @@ def plan(config, length, card):
         size = count(config, length, way)
         print(f"{name:30}{size / 1e9:9.4f} GB of {room / 1e9:.4f}")
         if size <= room:
-            return way
+            return with_more_records(config, length, way, room)
     raise SystemExit("no: shorter sequences, a smaller model or a larger card")
+
+
+def with_more_records(config, length, way, room):
+    """The same levers, with as many records at a time as fit."""
+    for batch in (8, 4, 2):
+        more = way | dict(batch=batch)
+        if batch > way["batch"] and count(config, length, more) <= room:
+            print(f"with these levers {batch} at a time fit")
+            return more
+    return way
 
 
 def loader(way):

@@ -747,20 +747,31 @@ def card(size):
 
 
 def test_a_plan_pulls_one_lever_after_the_other(fit, monkeypatch, capsys):
-    sizes = {}
+    ways = [{}]
+    for _, change in fit["PLAN"]:
+        ways.append(ways[-1] | change)
+    del ways[0]
 
-    def count(config, length, way):
-        return sizes.setdefault(tuple(sorted(way.items())), 80 - 10 * len(sizes))
+    def count(config, length, way):  # nothing else fits
+        return 80 - 10 * ways.index(way) if way in ways else 1e12
 
     monkeypatch.setitem(fit["plan"].__globals__, "count", count)
-    way = {}
-    for number, (_, change) in enumerate(fit["PLAN"]):
-        way = way | change
+    for number, way in enumerate(ways):
         assert fit["plan"](None, 64, card(80 - 10 * number)) == way
         assert len(capsys.readouterr().out.splitlines()) == number + 1
     assert way["batch"] == 1 and way["method"] == "qlora" and way["checkpointing"]
     with pytest.raises(SystemExit, match="a larger card"):
         fit["plan"](None, 64, card(19))
+
+
+def test_a_plan_that_fits_takes_more_records_at_a_time(fit, monkeypatch, capsys):
+    def count(config, length, way):
+        return way["batch"] * (5 if way.get("checkpointing") else 100)
+
+    monkeypatch.setitem(fit["plan"].__globals__, "count", count)
+    way = fit["plan"](None, 64, card(45))
+    assert way == dict(method="lora", batch=8, checkpointing=True)
+    assert "8 at a time fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("levers", [0, 3])
