@@ -37,7 +37,7 @@ def read(folder):
     if others:
         raise SystemExit(f"only plain LoRA is merged here, not {others[0]}")
     start = str(config.init_lora_weights)
-    if start.startswith(MOVED):
+    if start.lower().startswith(MOVED):
         raise SystemExit(f"{start} trained beside a base of its own: not here")
 
     s = config.lora_alpha / config.r ** (0.5 if config.use_rslora else 1)

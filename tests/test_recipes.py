@@ -721,6 +721,7 @@ def test_a_small_change_is_not_merged_into_4_bits(trained, tmp_path):
             "loftq trained beside a base of its own",
         ),
         (dict(init_lora_weights="pissa_niter_4"), "beside a base of its own"),
+        (dict(init_lora_weights="OLoRA"), "beside a base of its own"),
         (dict(fan_in_fan_out=True), "only plain LoRA is merged here, not fan_in"),
         (dict(use_dora=True), "only plain LoRA is merged here, not use_dora"),
     ],
